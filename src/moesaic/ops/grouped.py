@@ -1,0 +1,129 @@
+"""Grouped matrix product: rows sorted by expert, each group times its expert's matrix. Fast paths behind one signature.
+
+>>> y_NH = grouped_mm(x_ND, w_EDH, counts_E)            # backend="auto"
+
+Back ends: "loop" (one ``torch.mm`` per non-empty expert straight into the output and gradient buffers; the fastest on CPU
+today, any float dtype), "grouped_mm" (``torch.nn.functional.grouped_mm``; no host synchronisation, compiles; fp32/bf16/fp16),
+"reference" (``ops/reference.py``). All give zeros for rows past the last group and a zero gradient to experts without rows.
+
+Legend: N rows, E experts, D and H matrix widths.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moesaic.ops import reference
+
+Backend = Literal["auto", "loop", "grouped_mm", "reference"]
+BACKENDS = ("auto", "loop", "grouped_mm", "reference")
+
+
+def grouped_mm(x_ND: Tensor, w_EDH: Tensor, counts_E: Tensor, backend: Backend = "auto") -> Tensor:
+    """Product of each group with its matrix.
+
+    Args:
+        x_ND: rows grouped by expert; rows past ``counts_E.sum()`` belong to nobody.
+        w_EDH: stacked matrices of the same dtype as ``x``.
+        counts_E: int64 rows per expert, non-negative, summing to at most N.
+
+    Returns (N, H) in ``x``'s dtype, zeros past the last group. Raises ``ValueError`` on mismatched shapes or dtypes.
+    """
+    if x_ND.dim() != 2 or w_EDH.dim() != 3 or x_ND.shape[1] != w_EDH.shape[1] or counts_E.shape != w_EDH.shape[:1]:
+        raise ValueError(
+            f"grouped_mm needs x (N, D), w (E, D, H), counts (E,); got {tuple(x_ND.shape)}, {tuple(w_EDH.shape)}, "
+            f"{tuple(counts_E.shape)}"
+        )
+    if x_ND.dtype != w_EDH.dtype:
+        raise ValueError(f"grouped_mm needs x and w of one dtype; got {x_ND.dtype} and {w_EDH.dtype}")
+    if backend == "auto":
+        backend = pick_backend(x_ND, w_EDH)
+    if backend == "reference":
+        return reference.grouped_mm(x_ND, w_EDH, counts_E)
+    if backend == "grouped_mm" and not _aligned(x_ND, w_EDH):
+        backend = "loop"
+    function = _Loop if backend == "loop" else _Grouped
+    y_NH: Tensor = function.apply(x_ND, w_EDH, counts_E)
+    return y_NH
+
+
+def pick_backend(x_ND: Tensor, w_EDH: Tensor) -> Literal["loop", "grouped_mm"]:
+    """What "auto" means here: the loop on CPU, ``grouped_mm`` on other devices and under ``torch.compile``."""
+    if (x_ND.is_cuda or torch.compiler.is_compiling()) and _aligned(x_ND, w_EDH):
+        return "grouped_mm"
+    return "loop"
+
+
+def _aligned(x_ND: Tensor, w_EDH: Tensor) -> bool:
+    # F.grouped_mm: no fp64, row strides must be multiples of 16 bytes, and it has nothing to do on zero rows.
+    if x_ND.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x_ND.shape[0] == 0:
+        return False
+    return all(width * x_ND.element_size() % 16 == 0 for width in w_EDH.shape[1:])
+
+
+class _Loop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, w_EDH: Tensor, counts_E: Tensor) -> Tensor:
+        x_ND = x_ND.contiguous()
+        counts = counts_E.tolist()
+        ctx.save_for_backward(x_ND, w_EDH)
+        ctx.counts = counts
+        y_NH = x_ND.new_empty(x_ND.shape[0], w_EDH.shape[2])
+        start = 0
+        for expert, count in enumerate(counts):
+            if count:
+                torch.mm(x_ND[start : start + count], w_EDH[expert], out=y_NH[start : start + count])
+                start += count
+        y_NH[start:].zero_()
+        return y_NH
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_NH: Tensor) -> tuple[Tensor | None, ...]:
+        x_ND, w_EDH = ctx.saved_tensors
+        needs_x, needs_w, _ = ctx.needs_input_grad
+        grad_NH = grad_NH.contiguous()
+        grad_x_ND = torch.empty_like(x_ND) if needs_x else None
+        grad_w_EDH = torch.empty_like(w_EDH, memory_format=torch.contiguous_format) if needs_w else None
+        start = 0
+        for expert, count in enumerate(ctx.counts):
+            rows = slice(start, start + count)
+            if count and grad_x_ND is not None:
+                torch.mm(grad_NH[rows], w_EDH[expert].T, out=grad_x_ND[rows])
+            if grad_w_EDH is not None:
+                if count:
+                    torch.mm(x_ND[rows].T, grad_NH[rows], out=grad_w_EDH[expert])
+                else:
+                    grad_w_EDH[expert].zero_()
+            start += count
+        if grad_x_ND is not None:
+            grad_x_ND[start:].zero_()
+        return grad_x_ND, grad_w_EDH, None
+
+
+class _Grouped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, w_EDH: Tensor, counts_E: Tensor) -> Tensor:
+        ends_E = counts_E.cumsum(0).to(torch.int32)
+        # Rows past the last group come back uninitialised (NaN seen), forwards and backwards: both are overwritten.
+        past_N1 = torch.arange(x_ND.shape[0], device=x_ND.device)[:, None] >= ends_E[-1]
+        ctx.save_for_backward(x_ND, w_EDH, ends_E, past_N1)
+        y_NH = F.grouped_mm(x_ND.contiguous(), w_EDH.contiguous(), offs=ends_E)
+        return torch.where(past_N1, 0.0, y_NH)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NH: Tensor) -> tuple[Tensor | None, ...]:
+        x_ND, w_EDH, ends_E, past_N1 = ctx.saved_tensors
+        # Expanded (stride 0) gradients are refused by grouped_mm.
+        grad_NH = grad_NH.contiguous()
+        grad_x_ND = grad_w_EDH = None
+        if ctx.needs_input_grad[0]:
+            grad_x_ND = F.grouped_mm(grad_NH, w_EDH.transpose(-2, -1), offs=ends_E)
+            grad_x_ND = torch.where(past_N1, 0.0, grad_x_ND)
+        if ctx.needs_input_grad[1]:
+            grad_w_EDH = F.grouped_mm(x_ND.contiguous().transpose(0, 1), grad_NH, offs=ends_E)
+        return grad_x_ND, grad_w_EDH, None

@@ -1,0 +1,24 @@
+"""Routing as a value: the plan, edits of plans, readings of plans, and the trace on disk."""
+
+from moesaic.plan.capacity import CapacityRule, drop_over_capacity
+from moesaic.plan.edit import force_balanced, mask_experts, mask_padding, replay
+from moesaic.plan.plan import Gate, RoutingPlan, SoftPlan, count_experts, from_rows, from_topk
+from moesaic.plan.store import TraceWriter, load_trace, save_trace
+
+__all__ = [
+    "CapacityRule",
+    "Gate",
+    "RoutingPlan",
+    "SoftPlan",
+    "TraceWriter",
+    "count_experts",
+    "drop_over_capacity",
+    "force_balanced",
+    "from_rows",
+    "from_topk",
+    "load_trace",
+    "mask_experts",
+    "mask_padding",
+    "replay",
+    "save_trace",
+]

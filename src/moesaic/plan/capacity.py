@@ -1,0 +1,221 @@
+"""Capacity: how many rows an expert may take, who goes first, and what happens to the rest. A plan edit.
+
+>>> rule = CapacityRule(factor=1.25)
+>>> plan = drop_over_capacity(plan, rule.slots(num_tokens=1024, k=2, num_experts=16), priority="position")
+
+Legend: T tokens, N rows, E experts, K rows per token.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moesaic.errors import ConfigError
+from moesaic.plan.plan import RoutingPlan
+
+Priority = Literal["position", "probability", "batch", "random"]
+Overflow = Literal["residual", "shared", "fallback_expert", "next_best", "reroute_to_free"]
+
+
+@dataclass(frozen=True)
+class CapacityRule:
+    """How many slots C an expert has for T tokens: ``clip(round(factor * k * T / E), minimum, T)``.
+
+    The defaults follow most code bases (fieldguide 2.9); the other fields reproduce the ones that differ:
+    mesh-tf ``rounding="floor", count_k=False``; Megatron ``minimum=0``; V-MoE ``multiple_of=4``; DeepSpeed the default.
+
+    Attributes:
+        factor, eval_factor: capacity factor in training and in evaluation; None in evaluation means dropless.
+        minimum: least slots in training (0 disables).
+        multiple_of: round C up to a multiple, for kernels.
+        priority: who goes first, see ``drop_over_capacity``.
+        overflow: what happens to the others, see ``drop_over_capacity``.
+        fallback_expert: the catch-all expert of ``overflow="fallback_expert"``.
+        groups: routing groups of equal size (GShard); each group has its own slots.
+        renormalize: rescale a token's surviving weights to their sum before the drop.
+    """
+
+    factor: float = 1.25
+    eval_factor: float | None = 2.0
+    rounding: Literal["ceil", "floor", "round"] = "ceil"
+    count_k: bool = True
+    minimum: int = 4
+    multiple_of: int = 1
+    priority: Priority = "position"
+    overflow: Overflow = "residual"
+    fallback_expert: int | None = None
+    groups: int = 1
+    renormalize: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("factor", "eval_factor"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"capacity.{name} must be above 0, not {value}; 1.25 is usual in training.")
+        if self.multiple_of < 1 or self.groups < 1 or self.minimum < 0:
+            raise ConfigError("capacity.multiple_of and capacity.groups must be at least 1 and capacity.minimum at least 0.")
+        if (self.overflow == "fallback_expert") != (self.fallback_expert is not None):
+            raise ConfigError('capacity.fallback_expert goes with overflow="fallback_expert": set both or neither.')
+
+    def slots(self, num_tokens: int, k: int, num_experts: int, training: bool = True) -> int | None:
+        """C for one routing group of ``num_tokens`` tokens; None means no limit."""
+        factor = self.factor if training else self.eval_factor
+        if factor is None:
+            return None
+        ideal = factor * num_tokens * (k if self.count_k else 1) / num_experts
+        # 1e-9 absorbs binary fractions: 1.1 * 10 must not become 12 slots.
+        slots = {"ceil": math.ceil(ideal - 1e-9), "floor": math.floor(ideal + 1e-9), "round": round(ideal)}[self.rounding]
+        slots = max(slots, self.minimum if training else 0)
+        slots = -(-slots // self.multiple_of) * self.multiple_of
+        return min(slots, num_tokens)
+
+    def apply(self, plan: RoutingPlan, training: bool) -> RoutingPlan:
+        """Drop what this rule does not let through. Padding neither takes slots nor counts towards T."""
+        num_valid = plan.num_tokens if plan.valid_T is None else int(plan.valid_T.sum())
+        k = plan.per_token or max(1, round(plan.num_rows / max(plan.num_tokens, 1)))
+        slots = self.slots(math.ceil(num_valid / self.groups), k, plan.num_experts, training)
+        if slots is None:
+            return plan
+        return drop_over_capacity(
+            plan,
+            slots,
+            priority=self.priority,
+            overflow=self.overflow,
+            fallback_expert=self.fallback_expert,
+            groups=self.groups,
+            renormalize=self.renormalize,
+        )
+
+
+def drop_over_capacity(
+    plan: RoutingPlan,
+    slots: int,
+    *,
+    priority: Priority = "position",
+    overflow: Overflow = "residual",
+    fallback_expert: int | None = None,
+    groups: int = 1,
+    renormalize: bool = False,
+    generator: torch.Generator | None = None,
+) -> RoutingPlan:
+    """Keep at most ``slots`` rows per expert (and routing group); the rest overflow.
+
+    Args:
+        priority: "position": all first choices in token order, then all second choices (GShard); "probability": largest
+            weight first (Megatron); "batch": tokens sorted by their largest weight, then choice by choice (Batch Prioritized
+            Routing, V-MoE); "random" (DeepSpeed). Only "position" never lets a later token displace an earlier one.
+        overflow: "residual" and "shared": the row goes nowhere, so only the residual stream (and shared experts, where there
+            are any) carry the token; "fallback_expert": to that expert, which has no limit; "next_best": to the token's next
+            best expert with a free slot (No-Token-Left-Behind; needs ``plan.gate``); "reroute_to_free": to any free slot.
+        groups: tokens are split into this many consecutive groups, each with its own slots.
+        renormalize: rescale the surviving weights of a token to their sum before the drop (DeepSpeed normalises after
+            dropping, GShard before).
+
+    Raises ``ConfigError`` where the plan lacks what the policy needs.
+    """
+    E = plan.num_experts
+    if overflow == "next_best" and (plan.gate is None or plan.per_token is None):
+        raise ConfigError('overflow="next_best" needs a router that gives every token scores for all experts.')
+    if overflow == "fallback_expert" and (fallback_expert is None or not 0 <= fallback_expert < E):
+        raise ConfigError(f"fallback_expert must name one of the {E} experts, not {fallback_expert}.")
+    order_N = _priority_order(plan, priority, generator)
+    group_N = plan.token_N * groups // max(plan.num_tokens, 1)
+    expert_N = _keep_first(plan.expert_N, group_N, order_N, slots, E, exempt=fallback_expert)
+    lost_N = plan.kept_N & (expert_N == E)
+
+    if overflow == "fallback_expert":
+        expert_N = torch.where(lost_N, fallback_expert, expert_N)
+    elif overflow == "next_best":
+        expert_N = _offer_next_best(plan, expert_N, lost_N, group_N, order_N, slots)
+    elif overflow == "reroute_to_free":
+        expert_N = _fill_free_slots(plan, expert_N, lost_N, group_N, order_N, slots, groups)
+    weight_N = plan.weight_N
+    if renormalize:
+        weight_N = renormalized(plan, expert_N)
+    return plan.send(expert_N, weight_N)
+
+
+def _priority_order(plan: RoutingPlan, priority: Priority, generator: torch.Generator | None) -> Tensor:
+    """Row indices, most important first. Rows that go nowhere may stand anywhere: they take no slot."""
+    N, device = plan.num_rows, plan.token_N.device
+    if priority == "random":
+        return torch.randperm(N, generator=generator).to(device)
+    if priority == "probability":
+        return torch.sort(plan.weight_N.detach(), descending=True, stable=True).indices
+    if plan.per_token is None:
+        if priority == "batch":
+            return torch.sort(plan.weight_N.detach(), descending=True, stable=True).indices
+        return torch.sort(plan.token_N, stable=True).indices
+    rows_TK = torch.arange(N, device=device).view(plan.num_tokens, plan.per_token)
+    if priority == "batch":
+        best_T = plan.weight_TK.detach().amax(dim=1)
+        rows_TK = rows_TK[torch.sort(best_T, descending=True, stable=True).indices]
+    return rows_TK.T.reshape(-1)
+
+
+def _keep_first(
+    expert_N: Tensor, group_N: Tensor, order_N: Tensor, slots: int, E: int, exempt: int | None = None
+) -> Tensor:
+    """``expert_N`` with every row beyond the first ``slots`` of its (group, expert), in priority order, sent to E."""
+    bucket_N = (group_N * (E + 1) + expert_N)[order_N]
+    sorted_N, by_bucket_N = torch.sort(bucket_N, stable=True)
+    start_N = torch.searchsorted(sorted_N, sorted_N)  # left side: where this row's bucket begins
+    place_N = torch.empty_like(start_N)
+    place_N[order_N[by_bucket_N]] = torch.arange(len(start_N), device=start_N.device) - start_N
+    keep_N = place_N < slots
+    if exempt is not None:
+        keep_N |= expert_N == exempt
+    return torch.where(keep_N, expert_N, E)
+
+
+def _offer_next_best(
+    plan: RoutingPlan, expert_N: Tensor, lost_N: Tensor, group_N: Tensor, order_N: Tensor, slots: int
+) -> Tensor:
+    """No-Token-Left-Behind: offer lost rows the token's 1st, 2nd, ... best expert it does not already use."""
+    assert plan.gate is not None and plan.per_token is not None
+    T, K, E = plan.num_tokens, plan.per_token, plan.num_experts
+    ranking_TE = torch.sort(plan.gate.probs_TE.detach(), dim=1, descending=True, stable=True).indices
+    for rank in range(ranking_TE.shape[1]):
+        offer_N = ranking_TE[:, rank].repeat_interleave(K)
+        uses_N = (expert_N.view(T, K) == ranking_TE[:, rank, None]).any(dim=1).repeat_interleave(K)
+        # Only a token's first lost row takes this offer, or two rows would land on one expert.
+        first_lost_N = (lost_N.view(T, K) & (lost_N.view(T, K).cumsum(1) == 1)).view(-1)
+        trying_N = first_lost_N & ~uses_N
+        tried_N = torch.where(trying_N, offer_N, expert_N)
+        # Seated rows come first, so an offer never evicts anybody.
+        seated_first_N = order_N[torch.sort(trying_N[order_N].int(), stable=True).indices]
+        expert_N = _keep_first(tried_N, group_N, seated_first_N, slots, E)
+        lost_N = lost_N & (expert_N == E)
+    return expert_N
+
+
+def _fill_free_slots(
+    plan: RoutingPlan, expert_N: Tensor, lost_N: Tensor, group_N: Tensor, order_N: Tensor, slots: int, groups: int
+) -> Tensor:
+    """Hand lost rows, in priority order, the free slots of their group, lowest expert first."""
+    E = plan.num_experts
+    expert_N = expert_N.clone()
+    for group in range(groups):
+        rows = order_N[(lost_N & (group_N == group))[order_N]]
+        here_N = torch.where(group_N == group, expert_N, E)
+        used_E = torch.zeros(E + 1, dtype=torch.int64, device=expert_N.device)
+        used_E = used_E.scatter_add(0, here_N, torch.ones_like(here_N))[:E]
+        free = torch.arange(E, device=expert_N.device).repeat_interleave((slots - used_E).clamp(min=0))
+        taken = min(len(rows), len(free))
+        expert_N[rows[:taken]] = free[:taken]
+    return expert_N
+
+
+def renormalized(plan: RoutingPlan, expert_N: Tensor) -> Tensor:
+    """fp32 (N,) weights: those rows that still reach an expert, rescaled to the token's weight sum before the edit."""
+    kept_N = (expert_N < plan.num_experts).to(plan.weight_N.dtype)
+    zeros_T = plan.weight_N.new_zeros(plan.num_tokens)
+    before_T = zeros_T.index_add(0, plan.token_N, plan.weight_N)
+    after_T = zeros_T.index_add(0, plan.token_N, plan.weight_N * kept_N)
+    ratio_T = torch.where(after_T > 0, before_T / after_T.clamp(min=1e-20), 1.0)
+    return plan.weight_N * ratio_T[plan.token_N]
