@@ -1,0 +1,1 @@
+"""Training: text sources, token cache, packing, optimiser, step, loop, log and snapshots."""
