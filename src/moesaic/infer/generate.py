@@ -20,7 +20,7 @@ from moesaic.errors import ConfigError, DataError
 from moesaic.infer.sampling import SamplingConfig
 from moesaic.infer.stop import StopScanner
 from moesaic.infer.token_loop import CausalModel, Finish, Generation, generate_ids
-from moesaic.tokenizer import decode_stream, encode, eos_id, pad_id
+from moesaic.tokenizer import decode_stream, encode, eos_id
 
 __all__ = ["Generation", "generate", "generate_ids", "generate_texts"]
 
@@ -127,7 +127,6 @@ def generate_texts(
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         eos_ids=ends,
-        pad_id=pad_id(tokenizer) if ends else 0,
         banned_ids=_nameless(tokenizer, model.config.vocab_size),
         seed=seed,
         on_token=on_token,

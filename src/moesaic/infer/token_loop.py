@@ -115,8 +115,9 @@ def generate_ids(
     for row, prompt in enumerate(prompts):
         ids_BS[row, width - len(prompt) : width] = torch.tensor(prompt)
         valid_BS[row, width - len(prompt) : width] = True
-    ids_BS, valid_BS = ids_BS.to(device), valid_BS.to(device)
-    banned = torch.tensor(list(banned_ids), dtype=torch.int64, device=device)
+    sampler = torch.device("cpu") if device.type == "mps" else device  # sampling needs fp64, which MPS lacks
+    ids_BS, valid_BS = ids_BS.to(sampler), valid_BS.to(sampler)
+    banned = torch.tensor(list(banned_ids), dtype=torch.int64, device=sampler)
 
     def take(row: int, token: int) -> None:
         """Append one sampled token to its row, and end the row if that was its last."""
@@ -136,9 +137,10 @@ def generate_ids(
         cache = model.new_cache(len(prompts), width + steps - 1)  # the last token is never fed
         begin, end = 0, width
         while True:
-            output = model(ids_BS[:, begin:end], valid_BS=valid_BS[:, begin:end], cache=cache)
+            fed_BS, fed_valid_BS = ids_BS[:, begin:end].to(device), valid_BS[:, begin:end].to(device)
+            output = model(fed_BS, valid_BS=fed_valid_BS, cache=cache)
             cache = output.cache
-            logits_BV = output.logits[:, -1].float()
+            logits_BV = output.logits[:, -1].to(sampler, torch.float32, copy=True)
             logits_BV[:, banned] = -torch.inf
             logits_BV[list(finish)] = 0.0  # a finished row computes on padding alone, and nobody reads it
             history = History(ids_BS[:, :end], valid_BS[:, :end], width)
@@ -152,9 +154,8 @@ def generate_ids(
             if len(finish) == len(prompts):
                 break
             start = time.perf_counter()
-            for row in rows:
-                if row not in finish:
-                    ids_BS[row, end], valid_BS[row, end] = token_B[row], True
+            ids_BS[:, end] = torch.tensor([pad_id if row in finish else token_B[row] for row in rows])
+            valid_BS[:, end] = torch.tensor([row not in finish for row in rows])
             begin, end = end, end + 1
 
     return Generation(
