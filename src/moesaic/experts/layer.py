@@ -1,0 +1,105 @@
+"""The MoE layer: router, plan edits, dispatcher, experts. Returns ``(y, plan)`` and stores nothing.
+
+>>> layer = MoE(dim=512, hidden=1024, experts=64, k=8, router="topk")
+>>> y, plan = layer(x)                     # x: (..., 512)
+
+Legend: T tokens (all leading dimensions flattened), D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from moesaic.errors import ConfigError
+from moesaic.experts.dispatch import Dispatcher, dispatch_local
+from moesaic.experts.special import SharedExperts, WithSpecialExperts
+from moesaic.experts.stacked import StackedExperts
+from moesaic.nn.mlp import Activation
+from moesaic.ops.grouped import Backend
+from moesaic.plan.capacity import CapacityRule
+from moesaic.plan.plan import RoutingPlan, SoftPlan
+from moesaic.routing import NO_CONTEXT, Router, TokenContext, build_router
+
+Edit = Callable[[Any], Any]  # plan -> plan
+
+
+class MoE(nn.Module):
+    """A sparse feed-forward layer.
+
+    Args:
+        dim, hidden: D and the width of each expert.
+        experts: feed-forward experts.
+        k: experts per token.
+        router: a name in ``routing.ROUTERS`` or a ready ``Router``; ``router_options`` go to the named one.
+        shared: shared experts (one network of ``shared * hidden``); ``shared_gate`` scales it by a sigmoid per token.
+        zero, copy, constant: zero-computation experts, added after the feed-forward ones; the router sees them all.
+        capacity: drop rows over capacity by this rule; None is dropless.
+        backend: of the grouped products.
+
+    Attributes:
+        edits: plan edits applied after routing and before capacity, in order; set from outside (``moesaic.edit``).
+        dispatcher: how a plan is executed; replaced from outside for recomputation or parallel experts.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        experts: int,
+        k: int = 2,
+        router: str | Router = "topk",
+        router_options: dict[str, Any] | None = None,
+        *,
+        shared: int = 0,
+        shared_gate: bool = False,
+        zero: int = 0,
+        copy: int = 0,
+        constant: int = 0,
+        activation: Activation = "silu",
+        gated: bool = True,
+        capacity: CapacityRule | None = None,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        if dim < 1 or hidden < 1 or min(shared, zero, copy, constant) < 0:
+            raise ConfigError(f"A MoE layer needs positive widths and no negative counts; got dim={dim}, hidden={hidden}.")
+        if shared_gate and not shared:
+            raise ConfigError("shared_gate=True needs at least one shared expert; set shared=1.")
+        total = experts + zero + copy + constant
+        self.router = router if isinstance(router, Router) else build_router(router, dim, total, k, router_options)
+        if self.router.num_experts != total:
+            raise ConfigError(f"The router serves {self.router.num_experts} experts, but the layer has {total}.")
+        stacked = StackedExperts(experts, dim, hidden, activation, gated, backend)
+        special = zero + copy + constant
+        self.experts = WithSpecialExperts(stacked, zero, copy, constant) if special else stacked
+        self.shared = SharedExperts(shared, dim, hidden, activation, gated, shared_gate) if shared else None
+        self.capacity = capacity
+        self.edits: tuple[Edit, ...] = ()
+        self.dispatcher: Dispatcher = dispatch_local
+
+    def reset_parameters(self, scale: float = 1.0, out_scale: float = 1.0) -> None:
+        """Fan-in initialisation of all experts; the router keeps its own."""
+        self.experts.reset_parameters(scale, out_scale)
+        if self.shared is not None:
+            self.shared.reset_parameters(scale, out_scale)
+
+    def forward(self, x: Tensor, ctx: TokenContext = NO_CONTEXT) -> tuple[Tensor, RoutingPlan | SoftPlan]:
+        """(..., D) to (..., D) and the plan that was executed."""
+        x_TD = x.reshape(-1, x.shape[-1])
+        plan = self.route(x_TD, ctx)
+        y_TD = self.dispatcher(x_TD, plan, self.experts)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
+        return y_TD.view(x.shape), plan
+
+    def route(self, x_TD: Tensor, ctx: TokenContext = NO_CONTEXT) -> RoutingPlan | SoftPlan:
+        """The decision alone: router, edits, capacity. Made once per forward; recomputation never comes here."""
+        plan: RoutingPlan | SoftPlan = self.router(x_TD, ctx)
+        for edit in self.edits:
+            plan = edit(plan)
+        if self.capacity is not None and isinstance(plan, RoutingPlan):
+            plan = self.capacity.apply(plan, self.training)
+        return plan

@@ -1,0 +1,103 @@
+"""Experts that are not feed-forward networks: shared (always on), zero, copy and constant (MoE++, Jin et al. 2024).
+
+Zero-computation experts take the last indices of a layer: FFN experts 0..F-1, then zero, copy, constant ones, in that order.
+
+Legend: N rows, T tokens, E experts in all, F of them feed-forward, D model width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.experts.stacked import StackedExperts
+from moesaic.nn.linear import Linear
+from moesaic.nn.mlp import MLP, Activation
+
+
+class WithSpecialExperts(nn.Module):
+    """Stacked experts followed by zero (output 0), copy (output x) and constant experts, under one ``forward``.
+
+    A constant expert gives ``a1 * x + a2 * v`` with a trained vector v and ``(a1, a2) = softmax(x W_c)``.
+    """
+
+    def __init__(self, stacked: StackedExperts, zero: int = 0, copy: int = 0, constant: int = 0) -> None:
+        super().__init__()
+        self.stacked = stacked
+        self.zero, self.copy, self.constant = zero, copy, constant
+        self.num_experts = stacked.num_experts + zero + copy + constant
+        if constant:
+            self.constant_v = nn.Parameter(torch.zeros(constant, stacked.dim))
+            self.constant_mix = nn.Parameter(torch.empty(constant, stacked.dim, 2).normal_(std=0.02))
+
+    def reset_parameters(self, scale: float = 1.0, out_scale: float = 1.0) -> None:
+        """Initialise the stacked experts; constants start as the average of x and 0."""
+        self.stacked.reset_parameters(scale, out_scale)
+
+    def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
+        """Rows grouped by expert, (N, D) to (N, D). No host synchronisation: kinds are told apart by row number."""
+        F = self.stacked.num_experts
+        y_ND = self.stacked(x_ND, counts_E[:F])  # rows of special experts lie past its last group and come back as zeros
+        ends_E = counts_E.cumsum(0)
+        row_N1 = torch.arange(x_ND.shape[0], device=x_ND.device)[:, None]
+
+        def end_of(expert: int) -> Tensor:
+            return ends_E[expert - 1] if expert else ends_E.new_zeros(())
+
+        first_copy, first_constant = F + self.zero, F + self.zero + self.copy
+        if self.copy:
+            is_copy_N1 = (row_N1 >= end_of(first_copy)) & (row_N1 < end_of(first_constant))
+            y_ND = torch.where(is_copy_N1, x_ND, y_ND)
+        for c in range(self.constant):
+            mine_N1 = (row_N1 >= end_of(first_constant + c)) & (row_N1 < end_of(first_constant + c + 1))
+            mix_N2 = (x_ND @ self.constant_mix[c].to(x_ND.dtype)).softmax(dim=-1)
+            constant_ND = mix_N2[:, :1] * x_ND + mix_N2[:, 1:] * self.constant_v[c].to(x_ND.dtype)
+            y_ND = torch.where(mine_N1, constant_ND, y_ND)
+        return y_ND
+
+    def compute_one(self, index: int, x_ND: Tensor) -> Tensor:
+        """One expert on rows (N, D), the specification."""
+        special = index - self.stacked.num_experts
+        if special < 0:
+            return self.stacked.compute_one(index, x_ND)
+        if special < self.zero:
+            return torch.zeros_like(x_ND)
+        if special < self.zero + self.copy:
+            return x_ND
+        c = special - self.zero - self.copy
+        mix_N2 = (x_ND @ self.constant_mix[c].to(x_ND.dtype)).softmax(dim=-1)
+        return mix_N2[..., :1] * x_ND + mix_N2[..., 1:] * self.constant_v[c].to(x_ND.dtype)
+
+
+class SharedExperts(nn.Module):
+    """Experts that see every token: one feed-forward network of width ``count * hidden`` (DeepSeekMoE).
+
+    Args:
+        gated_output: multiply the output by ``sigmoid(x w)``, a scalar per token (Qwen2-MoE).
+    """
+
+    def __init__(
+        self,
+        count: int,
+        dim: int,
+        hidden: int,
+        activation: Activation = "silu",
+        gated: bool = True,
+        gated_output: bool = False,
+    ) -> None:
+        super().__init__()
+        self.mlp = MLP(dim, count * hidden, activation, gated)
+        self.output_gate = Linear(dim, 1, bias=False) if gated_output else None
+
+    def reset_parameters(self, scale: float = 1.0, out_scale: float = 1.0) -> None:
+        """Fan-in initialisation of the network; the output gate starts at N(0, 0.02)."""
+        self.mlp.reset_parameters(scale, out_scale)
+        if self.output_gate is not None:
+            nn.init.normal_(self.output_gate.weight, std=0.02)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """(T, D) to (T, D)."""
+        y_TD: Tensor = self.mlp(x_TD)
+        if self.output_gate is not None:
+            y_TD = y_TD * self.output_gate(x_TD).sigmoid()
+        return y_TD

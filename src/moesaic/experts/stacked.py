@@ -1,0 +1,77 @@
+"""Feed-forward experts as stacked parameters: ``w_in`` (E, D, 2H or H) and ``w_out`` (E, H, D).
+
+Contract of everything that computes experts: ``forward(x_ND, counts_E) -> y_ND`` on rows grouped by expert; rows past the last
+group give zeros; an expert without rows keeps a zero gradient.
+
+Legend: N rows, E experts, D model width, H expert width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.errors import ConfigError
+from moesaic.nn.linear import init_fan_in_
+from moesaic.nn.mlp import ACTIVATIONS, Activation, apply_activation
+from moesaic.ops.grouped import Backend, grouped_mm
+
+
+class StackedExperts(nn.Module):
+    """E feed-forward networks of one shape, gated ``(act(x Wg) * (x Wu)) Wd`` or plain ``act(x W1) W2``.
+
+    Args:
+        num_experts, dim, hidden: E, D, H.
+        activation, gated: as in ``nn.MLP``; gate and up share ``w_in`` side by side, so that one product feeds both.
+        backend: of the grouped products, see ``ops/grouped.py``.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        dim: int,
+        hidden: int,
+        activation: Activation = "silu",
+        gated: bool = True,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ConfigError(f'There is no activation "{activation}"; choose one of {", ".join(ACTIVATIONS)}.')
+        self.num_experts, self.dim, self.hidden = num_experts, dim, hidden
+        self.activation, self.gated = activation, gated
+        self.backend: Backend = backend
+        self.w_in = nn.Parameter(torch.empty(num_experts, dim, hidden * (2 if gated else 1)))
+        self.w_out = nn.Parameter(torch.empty(num_experts, hidden, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self, scale: float = 1.0, out_scale: float = 1.0) -> None:
+        """Fan-in initialisation per expert, each from its own seed, so that a rank holding expert e draws the same values."""
+        if self.w_in.is_meta:
+            return
+        base = int(torch.randint(2**31, ()))
+        for expert in range(self.num_experts):
+            generator = torch.Generator(self.w_in.device).manual_seed(base + expert)
+            init_fan_in_(self.w_in.data[expert], self.dim, scale, generator)
+            init_fan_in_(self.w_out.data[expert], self.hidden, scale * out_scale, generator)
+
+    def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
+        """Rows grouped by expert, (N, D) to (N, D), in ``x``'s dtype."""
+        hidden = grouped_mm(x_ND, self.w_in.to(x_ND.dtype), counts_E, self.backend)
+        hidden = apply_activation(hidden, self.activation, self.gated)
+        return grouped_mm(hidden, self.w_out.to(x_ND.dtype), counts_E, self.backend)
+
+    def expert(self, index: int) -> dict[str, Tensor]:
+        """Named views of one expert's matrices: ``gate`` and ``up`` (D, H) or ``in`` (D, H), and ``out`` (H, D)."""
+        if not 0 <= index < self.num_experts:
+            raise ConfigError(f"There is no expert {index}: this layer has experts 0 to {self.num_experts - 1}.")
+        w_in, w_out = self.w_in[index], self.w_out[index]
+        if not self.gated:
+            return {"in": w_in, "out": w_out}
+        gate, up = w_in.chunk(2, dim=-1)
+        return {"gate": gate, "up": up, "out": w_out}
+
+    def compute_one(self, index: int, x_ND: Tensor) -> Tensor:
+        """One expert on rows (N, D), by plain products: the specification of ``forward`` for a single group."""
+        hidden = apply_activation(x_ND @ self.w_in[index].to(x_ND.dtype), self.activation, self.gated)
+        return hidden @ self.w_out[index].to(x_ND.dtype)

@@ -1,0 +1,66 @@
+"""The key/value cache of one generation: preallocated tensors per layer, and what each position holds.
+
+Legend: B batch, L positions held, H key/value heads, R head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moesaic.errors import MoesaicError
+
+
+class KVCache:
+    """Keys and values of every layer. The model appends to it; ``length`` positions are filled.
+
+    Attributes:
+        length: positions held, the same for every row (left padding included).
+        valid_BL: bool (B, max_len), False on padding.
+        position_BL: int64 (B, max_len), rotary position of each held token.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        batch: int,
+        max_len: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (batch, num_kv_heads, max_len, head_dim)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.valid_BL = torch.zeros(batch, max_len, dtype=torch.bool, device=device)
+        self.position_BL = torch.zeros(batch, max_len, dtype=torch.int64, device=device)
+        self.length = 0
+        self.max_len = max_len
+
+    @property
+    def next_position_B1(self) -> Tensor:
+        """int64 (B, 1): rotary position of each row's next real token = real tokens held so far."""
+        return self.valid_BL.sum(dim=1, keepdim=True)
+
+    def reserve(self, position_BS: Tensor, valid_BS: Tensor) -> slice:
+        """Note S new positions and return their place; layers then ``append`` their keys and values there."""
+        B, S = position_BS.shape
+        if B != self.valid_BL.shape[0]:
+            raise MoesaicError(f"The cache holds {self.valid_BL.shape[0]} rows, but the input has {B}.")
+        if self.length + S > self.max_len:
+            raise MoesaicError(
+                f"The cache holds {self.max_len} positions; {self.length} are used and {S} more do not fit: "
+                "make it larger with new_cache(batch, max_len)."
+            )
+        place = slice(self.length, self.length + S)
+        self.position_BL[:, place] = position_BS
+        self.valid_BL[:, place] = valid_BS
+        self.length += S
+        return place
+
+    def append(self, layer: int, place: slice, keys_BHSR: Tensor, values_BHSR: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one layer's new keys and values; returns all held so far, (B, H, length, R) each."""
+        self.keys[layer][:, :, place] = keys_BHSR
+        self.values[layer][:, :, place] = values_BHSR
+        return self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length]

@@ -1,0 +1,96 @@
+"""Noisy top-k gating with its differentiable load estimate (Shazeer et al. 2017), and the fixed-noise variant of V-MoE.
+
+``H = x W_g + N(0, 1) * sigma``, ``sigma = softplus(x W_noise) + 1e-2``; weights are the softmax over the k largest of H.
+Both matrices start at zero, so that routing begins uniform and driven by noise. Noise is off in evaluation.
+
+Legend: T tokens, D model width, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moesaic.errors import ConfigError
+from moesaic.plan.plan import Gate, RoutingPlan, from_topk
+from moesaic.routing.context import NO_CONTEXT, TokenContext
+from moesaic.routing.gate import LinearGate, Router, check_k, choose
+
+
+class NoisyTopK(Router):
+    """Noisy top-k routing.
+
+    Args:
+        variant: "shazeer": learned noise, weights softmax over the chosen noisy logits, threshold for the load estimate
+            leaves the expert itself out. "vmoe": fixed noise 1/E, weights ``softmax(noisy)`` not renormalised, threshold the
+            k-th largest noisy logit (google-research/vmoe, nn/routing.py).
+        noise_floor: least standard deviation of the learned noise (tensor2tensor; not in the paper).
+        init_std: of the gate; 0 as in the paper. With "vmoe" the usual 0.02 is a better start.
+
+    ``gate.load_probs_TE`` is P(expert among the chosen) under fresh noise on that expert alone; None in evaluation and for
+    k = E, where every expert is always chosen.
+    """
+
+    has_load_estimate = True
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        k: int,
+        *,
+        variant: Literal["shazeer", "vmoe"] = "shazeer",
+        noise_floor: float = 1e-2,
+        init_std: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_k(k, num_experts)
+        if k == 1 and variant == "shazeer" and num_experts > 1:
+            raise ConfigError(
+                'k=1 with variant="shazeer" renormalises a single weight to exactly 1, so the router gets no task gradient; '
+                'use variant="vmoe" or k of at least 2.'
+            )
+        if noise_floor <= 0:
+            raise ConfigError(f"noise_floor must be above 0, not {noise_floor}: the load estimate divides by the noise.")
+        self.num_experts, self.k = num_experts, k
+        self.variant, self.noise_floor = variant, noise_floor
+        self.gate = LinearGate(dim, num_experts, init_std=init_std)
+        self.noise_gate = LinearGate(dim, num_experts, init_std=0.0) if variant == "shazeer" else None
+
+    def forward(self, x_TD: Tensor, ctx: TokenContext = NO_CONTEXT) -> RoutingPlan:
+        """Route (T, D) tokens; K rows each. ``gate.probs_TE`` is the softmax of the clean logits."""
+        clean_TE = self.gate(x_TD)
+        noisy_TE, std_TE = clean_TE, None
+        if self.training:
+            std_TE = self._noise_std(x_TD, clean_TE)
+            noise_TE = torch.empty_like(clean_TE).normal_(generator=ctx.generator)
+            noisy_TE = clean_TE + noise_TE * std_TE
+        expert_TK = choose(noisy_TE, self.k)
+        load_TE = None if std_TE is None or self.k == self.num_experts else self._load(clean_TE, noisy_TE, std_TE)
+        gate = Gate(clean_TE, clean_TE.softmax(dim=-1), load_TE)
+        weight_TK = self.weigh(Gate(noisy_TE, noisy_TE), expert_TK)
+        return from_topk(expert_TK, weight_TK, self.num_experts, valid_T=ctx.valid_T, gate=gate)
+
+    def weigh(self, gate: Gate, expert_TK: Tensor) -> Tensor:
+        """Softmax over the chosen logits ("shazeer") or the chosen entries of the full softmax ("vmoe")."""
+        if self.variant == "shazeer":
+            return gate.logits_TE.gather(1, expert_TK).softmax(dim=-1)
+        return gate.logits_TE.softmax(dim=-1).gather(1, expert_TK)
+
+    def _noise_std(self, x_TD: Tensor, clean_TE: Tensor) -> Tensor:
+        if self.noise_gate is None:
+            return torch.full_like(clean_TE, 1.0 / self.num_experts)
+        return F.softplus(self.noise_gate(x_TD)) + self.noise_floor
+
+    def _load(self, clean_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor) -> Tensor:
+        """P(expert stays among the top k if only its own noise were drawn again), (T, E)."""
+        top_TK1 = noisy_TE.topk(self.k + 1, dim=1).values
+        kth_T1, next_T1 = top_TK1[:, self.k - 1, None], top_TK1[:, self.k, None]
+        if self.variant == "vmoe":
+            return torch.special.ndtr((clean_TE - kth_T1) / std_TE)
+        # The k-th largest of the others: the (k+1)-th overall for an expert that is in, the k-th for one that is out.
+        threshold_TE = torch.where(noisy_TE > next_T1, next_T1, kth_T1)
+        return torch.special.ndtr((clean_TE - threshold_TE) / std_TE)

@@ -1,0 +1,218 @@
+"""Token choice: every token takes its k best experts. One router for the four gate orders of real models.
+
+| order | weights of the chosen | models |
+|---|---|---|
+| A  ``normalize="none"`` | ``p[idx]`` | Switch, OLMoE, Qwen2-MoE, DeepSeek-V2 (times ``scale``) |
+| B  ``normalize="chosen"`` | ``p[idx] / sum p[idx]`` | Mixtral in Hugging Face, Qwen3-MoE |
+| B' ``normalize="softmax_chosen"`` | ``softmax(z[idx])`` | Shazeer 2017, gpt-oss (``gate_bias``), Megatron-LM |
+| C  ``score="sigmoid", normalize="chosen", balance_bias=True`` | ``scale * s[idx] / (sum s[idx] + 1e-20)``, chosen by s + b | DeepSeek-V3 |
+
+B equals B' in real arithmetic. In A every logit gets task gradient through the softmax; in the others only the chosen do.
+
+Sources: Shazeer et al. 2017; Mixtral (Jiang et al. 2024); DeepSeek-V2, -V3; auxiliary-loss-free balancing (Wang et al. 2024).
+Legend: T tokens, D model width, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moesaic.errors import ConfigError
+from moesaic.plan.plan import Gate, RoutingPlan, from_topk
+from moesaic.routing.balance import bias_step
+from moesaic.routing.context import NO_CONTEXT, TokenContext
+from moesaic.routing.gate import LinearGate, Router, Score, check_k, choose, mask_groups, score
+
+Normalize = Literal["none", "chosen", "softmax_chosen"]
+
+
+class TopK(Router):
+    """Token-choice top-k routing in any of the orders above.
+
+    Args:
+        dim, num_experts, k: D, E, K.
+        score: score function of the logits.
+        normalize: see the table.
+        scale: factor on the weights (DeepSeek's ``routed_scaling_factor``).
+        gate_bias: trained bias on the logits (gpt-oss).
+        balance_bias: an untrained fp32 bias on the scores, used for choosing only, that ``after_step`` moves against load.
+        bias_rate, bias_rule: step of that bias and how it follows load ("sign": Wang et al. 2024; "proportional").
+        groups, groups_kept, group_score: choose only inside the best ``groups_kept`` of ``groups`` contiguous groups.
+        init_std: of the gate's weights; 0 starts uniform.
+
+    Raises ``ConfigError`` for k > E, groups that cannot hold k, and k=1 with renormalised weights (the weight would be 1
+    whatever the router says, so it could not learn).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        k: int,
+        *,
+        score: Score = "softmax",
+        normalize: Normalize = "chosen",
+        scale: float = 1.0,
+        gate_bias: bool = False,
+        balance_bias: bool = False,
+        bias_rate: float = 1e-3,
+        bias_rule: Literal["sign", "proportional"] = "sign",
+        groups: int = 1,
+        groups_kept: int | None = None,
+        group_score: Literal["max", "top2_sum"] = "max",
+        init_std: float = 0.02,
+    ) -> None:
+        super().__init__()
+        check_k(k, num_experts)
+        if k == 1 and normalize != "none" and num_experts > 1:
+            raise ConfigError(
+                f'k=1 with normalize="{normalize}" makes every weight exactly {scale:g}, so the router gets no gradient; '
+                'use normalize="none" (Switch) or k of at least 2.'
+            )
+        if score != "softmax" and normalize == "softmax_chosen":
+            raise ConfigError(f'normalize="softmax_chosen" takes its own softmax; it does not go with score="{score}".')
+        groups_kept = groups if groups_kept is None else groups_kept
+        if groups < 1 or num_experts % groups:
+            raise ConfigError(f"groups={groups} must divide num_experts={num_experts}.")
+        if not 1 <= groups_kept <= groups:
+            raise ConfigError(f"groups_kept={groups_kept} must be between 1 and groups={groups}.")
+        if k > groups_kept * (num_experts // groups):
+            raise ConfigError(
+                f"k={k} experts do not fit into groups_kept={groups_kept} groups of {num_experts // groups}; keep more groups."
+            )
+        self.num_experts, self.k = num_experts, k
+        self.score, self.normalize, self.scale = score, normalize, scale
+        self.groups, self.groups_kept, self.group_score = groups, groups_kept, group_score
+        self.bias_rate, self.bias_rule = bias_rate, bias_rule
+        self.gate = LinearGate(dim, num_experts, bias=gate_bias, init_std=init_std)
+        self.choice_bias_E: Tensor | None
+        self.register_buffer("choice_bias_E", torch.zeros(num_experts) if balance_bias else None)
+
+    def forward(self, x_TD: Tensor, ctx: TokenContext = NO_CONTEXT) -> RoutingPlan:
+        """Route (T, D) tokens; K rows per token, best first."""
+        logits_TE = self.gate(x_TD)
+        probs_TE = score(logits_TE, self.score)
+        gate = Gate(logits_TE, probs_TE)
+        choice_TE = probs_TE if self.choice_bias_E is None else probs_TE + self.choice_bias_E
+        if self.groups_kept < self.groups:
+            choice_TE = mask_groups(choice_TE, self.groups, self.groups_kept, self.group_score)
+        expert_TK = choose(choice_TE, self.k)
+        return from_topk(expert_TK, self.weigh(gate, expert_TK), self.num_experts, valid_T=ctx.valid_T, gate=gate)
+
+    def weigh(self, gate: Gate, expert_TK: Tensor) -> Tensor:
+        """fp32 (T, K) weights of any choice of experts, from the unbiased scores."""
+        if self.normalize == "softmax_chosen":
+            return gate.logits_TE.gather(1, expert_TK).softmax(dim=-1) * self.scale
+        weight_TK = gate.probs_TE.gather(1, expert_TK)
+        if self.normalize == "chosen":
+            weight_TK = weight_TK / (weight_TK.sum(dim=-1, keepdim=True) + 1e-20)
+        return weight_TK * self.scale
+
+    def after_step(self, counts_E: Tensor) -> None:
+        """Move the selection bias against load; nothing without ``balance_bias``."""
+        if self.choice_bias_E is not None and self.bias_rate:
+            self.choice_bias_E.copy_(bias_step(self.choice_bias_E, counts_E, self.bias_rate, self.bias_rule))
+
+
+class Switch(Router):
+    """Top-1 with the chosen probability as weight and multiplicative input jitter in training (Fedus et al. 2022).
+
+    Args:
+        jitter: epsilon of ``x * U(1 - eps, 1 + eps)``, seen by the router only, in training only; 0 disables.
+    """
+
+    def __init__(self, dim: int, num_experts: int, k: int = 1, *, jitter: float = 1e-2, init_std: float = 0.02) -> None:
+        super().__init__()
+        check_k(k, num_experts)
+        if k != 1:
+            raise ConfigError(f'Router "switch" sends every token to one expert, so k must be 1, not {k}; use "topk".')
+        if not 0 <= jitter < 1:
+            raise ConfigError(f"jitter must be at least 0 and below 1, not {jitter}.")
+        self.num_experts, self.k, self.jitter = num_experts, k, jitter
+        self.gate = LinearGate(dim, num_experts, init_std=init_std)
+
+    def forward(self, x_TD: Tensor, ctx: TokenContext = NO_CONTEXT) -> RoutingPlan:
+        """Route (T, D) tokens, one row each. Experts see the clean input."""
+        x_TD = x_TD.to(self.gate.weight.dtype)
+        if self.training and self.jitter:
+            noise_TD = torch.empty_like(x_TD).uniform_(1 - self.jitter, 1 + self.jitter, generator=ctx.generator)
+            x_TD = x_TD * noise_TD
+        logits_TE = self.gate(x_TD)
+        gate = Gate(logits_TE, score(logits_TE, "softmax"))
+        expert_TK = choose(gate.probs_TE, 1)
+        return from_topk(expert_TK, self.weigh(gate, expert_TK), self.num_experts, valid_T=ctx.valid_T, gate=gate)
+
+    def weigh(self, gate: Gate, expert_TK: Tensor) -> Tensor:
+        """The chosen probability, not renormalised."""
+        return gate.probs_TE.gather(1, expert_TK)
+
+
+class GShardTop2(Router):
+    """Top-2 with a stochastic second expert (Lepikhin et al. 2020).
+
+    Weights are renormalised by ``g1 + g2 + 1e-9`` before the second expert is sampled away and before capacity.
+
+    Args:
+        second: which second experts are kept in training. "stochastic": with probability min(1, 2 g2), g2 renormalised;
+            "threshold_stochastic": with probability min(1, g2 / threshold) (mesh-tf); "threshold": where g2 > threshold;
+            "gumbel": the second is sampled by Gumbel-max over the remaining logits and always kept (DeepSpeed); "all".
+        eval_second: the policy in evaluation: "all" or "threshold".
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        k: int = 2,
+        *,
+        second: Literal["stochastic", "threshold_stochastic", "threshold", "gumbel", "all"] = "stochastic",
+        eval_second: Literal["all", "threshold"] = "all",
+        threshold: float = 0.2,
+        init_std: float = 0.02,
+    ) -> None:
+        super().__init__()
+        check_k(k, num_experts)
+        if k != 2:
+            raise ConfigError(f'Router "gshard" sends every token to at most two experts, so k must be 2, not {k}.')
+        if not 0 < threshold < 1:
+            raise ConfigError(f"threshold must be between 0 and 1, not {threshold}.")
+        self.num_experts, self.k = num_experts, k
+        self.second, self.eval_second, self.threshold = second, eval_second, threshold
+        self.gate = LinearGate(dim, num_experts, init_std=init_std)
+
+    def forward(self, x_TD: Tensor, ctx: TokenContext = NO_CONTEXT) -> RoutingPlan:
+        """Route (T, D) tokens; two rows each, the second possibly going nowhere by the router's own choice."""
+        logits_TE = self.gate(x_TD)
+        gate = Gate(logits_TE, score(logits_TE, "softmax"))
+        policy = self.second if self.training else self.eval_second
+        expert_TK = self._choose(gate, policy, ctx)
+        weight_TK = self.weigh(gate, expert_TK)
+        keep_T = self._keep_second(weight_TK[:, 1].detach(), policy, ctx)
+        expert_TK = torch.stack([expert_TK[:, 0], torch.where(keep_T, expert_TK[:, 1], self.num_experts)], dim=1)
+        return from_topk(expert_TK, weight_TK, self.num_experts, valid_T=ctx.valid_T, gate=gate)
+
+    def weigh(self, gate: Gate, expert_TK: Tensor) -> Tensor:
+        """Both probabilities over their sum + 1e-9."""
+        weight_TK = gate.probs_TE.gather(1, expert_TK)
+        return weight_TK / (weight_TK.sum(dim=-1, keepdim=True) + 1e-9)
+
+    def _choose(self, gate: Gate, policy: str, ctx: TokenContext) -> Tensor:
+        if policy != "gumbel":
+            return choose(gate.probs_TE, 2)
+        first_T1 = choose(gate.probs_TE, 1)
+        uniform_TE = torch.empty_like(gate.logits_TE).uniform_(generator=ctx.generator).clamp_(1e-20, 1 - 1e-7)
+        noisy_TE = gate.logits_TE.detach() - (-uniform_TE.log()).log()
+        second_T1 = choose(noisy_TE.scatter(1, first_T1, float("-inf")), 1)
+        return torch.cat([first_T1, second_T1], dim=1)
+
+    def _keep_second(self, weight_T: Tensor, policy: str, ctx: TokenContext) -> Tensor:
+        if policy in ("all", "gumbel"):
+            return torch.ones_like(weight_T, dtype=torch.bool)
+        if policy == "threshold":
+            return weight_T > self.threshold
+        uniform_T = torch.empty_like(weight_T).uniform_(generator=ctx.generator)
+        limit = 0.5 if policy == "stochastic" else self.threshold
+        return weight_T / limit > uniform_T
