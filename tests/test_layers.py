@@ -40,7 +40,7 @@ def units(package: Path) -> set[str]:
 def imports_of(path: Path, package: Path) -> list[tuple[int, str]]:
     """(line, unit) for every import of the package in a file, wherever in the file it stands."""
     found = []
-    name = package.name
+    name, known = package.name, units(package)
     here = [name, *path.relative_to(package).with_suffix("").parts]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
         targets: list[str] = []
@@ -48,16 +48,14 @@ def imports_of(path: Path, package: Path) -> list[tuple[int, str]]:
             targets = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = here[: len(here) - node.level] if node.level else []
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            # `from moesaic import plan` names the unit in the alias; `from moesaic.plan import x` in the module.
-            targets = [f"{module}.{alias.name}" for alias in node.names] if module == name else [module]
-        for target in targets:
-            parts = target.split(".")
-            if parts[0] != name:
-                continue
-            unit = parts[1] if len(parts) > 1 else "__init__"
-            # A name that is no file or folder (`from moesaic import MoE`) comes from the package's __init__.
-            found.append((node.lineno, unit if unit in units(package) else "__init__"))
+            targets = [".".join([*base, *([node.module] if node.module else [])])]
+            if targets == [
+                name
+            ]:  # `from moesaic import plan` names a unit; `from moesaic import MoE` what __init__ offers
+                targets = [f"{name}.{alias.name if alias.name in known else '__init__'}" for alias in node.names]
+        found += [
+            (node.lineno, (target.split(".") + ["__init__"])[1]) for target in targets if target.split(".")[0] == name
+        ]
     return found
 
 
