@@ -23,7 +23,7 @@ class AttentionContext:
 
     Attributes:
         cos, sin: rotary tables of the query positions, fp32 (B, 1, S, R).
-        masks: window -> bool (B, 1, S, L), True = may attend; None means plainly causal.
+        masks: window -> bool (B, 1, S, L), True = may attend; None needs no mask.
         cache, place: the key/value cache and where this forward's keys go; or None.
     """
 
@@ -87,7 +87,7 @@ class Attention(nn.Module):
         mask = ctx.masks[self.window]
         grouped = self.num_kv_heads != self.num_heads
         y_BHSR = F.scaled_dot_product_attention(
-            q_BHSR, k_BGSR, v_BGSR, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+            q_BHSR, k_BGSR, v_BGSR, attn_mask=mask, is_causal=mask is None and S > 1, enable_gqa=grouped
         )
         y: Tensor = self.wo(y_BHSR.transpose(1, 2).reshape(B, S, self.num_heads * self.head_dim))
         return y
@@ -103,12 +103,12 @@ def attention_mask(
 ) -> Tensor | None:
     """bool (B, 1, S, L), True = may attend: causal, same document, inside the window, and not padding.
 
-    Queries are the last S of the L keys. None when plain causal attention (the fast path) says the same. Every query may
-    attend to itself, padding included, so that no softmax is over nothing.
+    Queries are the last S of the L keys. None where no mask is needed: plain causal attention over S = L, or one query that
+    may see every key. Every query may attend to itself, padding included, so that no softmax is over nothing.
     """
     S, L = query_position_BS.shape[1], key_position_BL.shape[1]
     plain = query_document_BS is None and key_valid_BL is None and (window is None or window >= L)
-    if plain and S == L:
+    if plain and (S == L or S == 1):
         return None
     device = query_position_BS.device
     query_S1 = torch.arange(L - S, L, device=device)[:, None]

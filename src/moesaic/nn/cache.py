@@ -18,6 +18,7 @@ class KVCache:
         length: positions held, the same for every row (left padding included).
         valid_BL: bool (B, max_len), False on padding.
         position_BL: int64 (B, max_len), rotary position of each held token.
+        has_padding: whether any position was ever given as possible padding.
     """
 
     def __init__(
@@ -37,13 +38,14 @@ class KVCache:
         self.position_BL = torch.zeros(batch, max_len, dtype=torch.int64, device=device)
         self.length = 0
         self.max_len = max_len
+        self.has_padding = False
 
     @property
     def next_position_B1(self) -> Tensor:
         """int64 (B, 1): rotary position of each row's next real token = real tokens held so far."""
         return self.valid_BL.sum(dim=1, keepdim=True)
 
-    def reserve(self, position_BS: Tensor, valid_BS: Tensor) -> slice:
+    def reserve(self, position_BS: Tensor, valid_BS: Tensor | None) -> slice:
         """Note S new positions and return their place; layers then ``append`` their keys and values there."""
         B, S = position_BS.shape
         if B != self.valid_BL.shape[0]:
@@ -55,7 +57,8 @@ class KVCache:
             )
         place = slice(self.length, self.length + S)
         self.position_BL[:, place] = position_BS
-        self.valid_BL[:, place] = valid_BS
+        self.valid_BL[:, place] = True if valid_BS is None else valid_BS
+        self.has_padding |= valid_BS is not None
         self.length += S
         return place
 

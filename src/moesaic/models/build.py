@@ -1,0 +1,108 @@
+"""From a config to a model: the only place that turns names into modules, and all initialisation.
+
+| part | initialisation |
+|---|---|
+| embedding | N(0, 0.02) |
+| attention and feed-forward inputs | truncated normal, variance ``init_scale / fan_in`` |
+| attention and feed-forward outputs | the same, divided by 2 * num_layers |
+| experts | the same per expert, each from its own seed |
+| routers | their own (usually N(0, 0.02)) |
+| norms | gain 1, bias 0 |
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from moesaic.errors import ConfigError
+from moesaic.experts.layer import MoE
+from moesaic.models.block import Block
+from moesaic.models.config import ModelConfig, pick
+from moesaic.models.decoder import Decoder
+from moesaic.nn.attention import Attention
+from moesaic.nn.linear import Linear, init_fan_in_
+from moesaic.nn.mlp import MLP
+from moesaic.nn.norm import make_norm
+from moesaic.routing import check_losses
+
+
+def build_model(config: ModelConfig, seed: int | None = None, device: torch.device | str = "cpu") -> Decoder:
+    """Build and initialise a decoder.
+
+    Args:
+        seed: seeds the initialisation without touching the caller's random state; None uses that state.
+        device: "meta" builds shapes only.
+
+    Raises ``ConfigError`` for what cannot be: unknown router or option, a gate that cannot learn, a loss without effect.
+    """
+    if seed is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return build_model(config, None, device)
+    with torch.device(device):
+        blocks = [_block(config, layer) for layer in range(config.num_layers)]
+        norm = make_norm(config.norm, config.dim, config.norm_eps)
+        # One matrix drawn once: a tied head takes over the embedding's.
+        head = Linear(config.dim, config.vocab_size, bias=False)
+        model = Decoder(config, nn.Embedding(config.vocab_size, config.dim), blocks, norm, head)
+        _initialise(model)
+    return model
+
+
+def _block(config: ModelConfig, layer: int) -> Block:
+    attention = Attention(
+        config.dim,
+        config.num_heads,
+        config.kv_heads,
+        config.heads_dim,
+        layer=layer,
+        window=config.window(layer),
+        qk_norm=config.qk_norm,
+        bias=config.attention_bias,
+        eps=config.norm_eps,
+    )
+    norms = [make_norm(config.norm, config.dim, config.norm_eps) for _ in range(2)]
+    return Block(attention, _ffn(config, layer), norms[0], norms[1], config.norm_placement)
+
+
+def _ffn(config: ModelConfig, layer: int) -> MLP | MoE:
+    moe = config.moe
+    if moe is None or layer not in config.moe_layers:
+        return MLP(config.dim, pick(config.hidden, layer), config.activation, config.gated)
+    i = config.moe_layers.index(layer)
+    sparse = MoE(
+        config.dim,
+        pick(moe.hidden, i),
+        pick(moe.num_experts, i),
+        pick(moe.k, i),
+        moe.router.name,
+        moe.router.options,
+        shared=moe.shared,
+        shared_gate=moe.shared_gate,
+        zero=moe.zero,
+        copy=moe.copy,
+        constant=moe.constant,
+        activation=config.activation,
+        gated=config.gated,
+        capacity=moe.capacity,
+        backend=moe.backend,
+    )
+    check_losses(moe.losses, sparse.router)
+    if not sparse.router.causal and not moe.router.allow_leak:
+        raise ConfigError(
+            f'Router "{moe.router.name}" looks at later tokens, so a decoder trained with it cheats and cannot generate the '
+            "same way; choose a causal router, or set model.moe.router.allow_leak=true if you want that."
+        )
+    return sparse
+
+
+def _initialise(model: Decoder) -> None:
+    config = model.config
+    out_scale = 1 / (2 * config.num_layers)
+    nn.init.normal_(model.embedding.weight, std=0.02)
+    if not config.tie_embeddings:
+        init_fan_in_(model.head.weight, config.dim, config.init_scale)
+    for block in model.blocks:
+        block.attention.reset_parameters(config.init_scale, out_scale)  # type: ignore[union-attr, operator]
+        block.ffn.reset_parameters(config.init_scale, out_scale)  # type: ignore[union-attr, operator]

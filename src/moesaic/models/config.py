@@ -1,0 +1,216 @@
+"""The shape of a model as frozen data: sizes and names only, JSON in and out, impossible combinations refused in words.
+
+>>> cfg = ModelConfig(vocab_size=4096, dim=256, num_layers=6, moe=MoEConfig(num_experts=16, k=2, hidden=256))
+>>> twin = dense_twin(cfg)                 # the dense model of equal active parameters
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from moesaic.errors import ConfigError
+from moesaic.nn.mlp import Activation
+from moesaic.nn.norm import NormKind
+from moesaic.ops.grouped import Backend
+from moesaic.plan.capacity import CapacityRule
+from moesaic.routing.balance import Scope
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """Which router, and its options.
+
+    Attributes:
+        name: a key of ``routing.ROUTERS``.
+        options: keyword arguments of that router.
+        allow_leak: build it in a causal decoder although it looks at later tokens or other sequences.
+    """
+
+    name: str = "topk"
+    options: dict[str, Any] = field(default_factory=dict)
+    allow_leak: bool = False
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Sparse layers. ``num_experts``, ``k`` and ``hidden`` are one number for all MoE layers, or a list with one each.
+
+    Attributes:
+        num_experts: feed-forward experts per layer.
+        k: experts per token.
+        hidden: width of one expert.
+        dense_first: this many first layers stay dense (DeepSeek: 1 or 3).
+        every: of the layers after those, every n-th is sparse (the n-th first; 1 = all).
+        router: the router and its options.
+        shared, shared_gate: shared experts of the same width; optionally scaled by a sigmoid per token.
+        zero, copy, constant: zero-computation experts.
+        capacity: drop rule; None is dropless.
+        losses: coefficients of balancing losses by name, see ``routing.LOSSES``.
+        loss_scope: over what the Switch loss counts load.
+        backend: of the grouped products.
+    """
+
+    num_experts: int | tuple[int, ...] = 16
+    k: int | tuple[int, ...] = 2
+    hidden: int | tuple[int, ...] = 512
+    dense_first: int = 0
+    every: int = 1
+    router: RouterConfig = RouterConfig()
+    shared: int = 0
+    shared_gate: bool = False
+    zero: int = 0
+    copy: int = 0
+    constant: int = 0
+    capacity: CapacityRule | None = None
+    losses: dict[str, float] = field(default_factory=lambda: {"switch": 1e-2, "z": 1e-3})
+    loss_scope: Scope = "micro_batch"
+    backend: Backend = "auto"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only Transformer, dense (``moe=None``) or sparse.
+
+    Attributes:
+        vocab_size, dim, num_layers: V, D, number of blocks.
+        num_heads, num_kv_heads, head_dim: attention heads, key/value heads (None: as many), head width (None: dim / heads).
+        hidden: width of dense feed-forward layers; a list gives one per block (entries of sparse blocks unused).
+        activation, gated: of all feed-forward networks, experts included.
+        norm, norm_eps, norm_placement: "pre" (default of every production MoE) or "post".
+        rope_theta, max_seq_len: rotary base and longest context.
+        qk_norm, attention_bias: RMSNorm per head on queries and keys; biases in attention projections.
+        sliding_window: tokens a query may look back, itself included; None or 0 is full; a list gives one per block.
+        tie_embeddings: one matrix for embedding and head.
+        init_scale: variance scale of the fan-in initialisation (Switch Transformer: 0.1).
+        moe: sparse layers, or None.
+    """
+
+    vocab_size: int
+    dim: int = 256
+    num_layers: int = 6
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    hidden: int | tuple[int, ...] = 1024
+    activation: Activation = "silu"
+    gated: bool = True
+    norm: NormKind = "rmsnorm"
+    norm_eps: float = 1e-6
+    norm_placement: Literal["pre", "post"] = "pre"
+    rope_theta: float = 10000.0
+    max_seq_len: int = 1024
+    qk_norm: bool = False
+    attention_bias: bool = False
+    sliding_window: int | tuple[int, ...] | None = None
+    tie_embeddings: bool = True
+    init_scale: float = 1.0
+    moe: MoEConfig | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "dim", "num_layers", "num_heads", "max_seq_len"):
+            _at_least(f"model.{name}", getattr(self, name), 1)
+        if self.head_dim is None and self.dim % self.num_heads:
+            raise ConfigError(
+                f"model.dim={self.dim} is not a multiple of model.num_heads={self.num_heads}; change one or set model.head_dim."
+            )
+        if self.heads_dim % 2:
+            raise ConfigError(f"The head width must be even for rotary positions, not {self.heads_dim}.")
+        if self.kv_heads < 1 or self.num_heads % self.kv_heads:
+            raise ConfigError(f"model.num_kv_heads={self.kv_heads} must divide model.num_heads={self.num_heads}.")
+        if not self.norm_eps > 0 or not self.init_scale > 0 or not self.rope_theta > 0:
+            raise ConfigError("model.norm_eps, model.init_scale and model.rope_theta must be above 0.")
+        _per_layer("model.hidden", self.hidden, self.num_layers, 1)
+        if self.sliding_window is not None:
+            _per_layer("model.sliding_window", self.sliding_window, self.num_layers, 0)
+        if self.moe is not None:
+            _check_moe(self, self.moe)
+
+    @property
+    def heads_dim(self) -> int:
+        """Width of one head."""
+        return self.head_dim or self.dim // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the sparse blocks."""
+        if self.moe is None:
+            return ()
+        first, every = self.moe.dense_first, self.moe.every
+        return tuple(i for i in range(first, self.num_layers) if (i - first + 1) % every == 0)
+
+    def window(self, layer: int) -> int | None:
+        """Sliding window of a block; None is full attention."""
+        if self.sliding_window is None:
+            return None
+        return pick(self.sliding_window, layer) or None
+
+
+def pick(value: int | tuple[int, ...], index: int) -> int:
+    """The entry of a per-layer setting."""
+    return value if isinstance(value, int) else value[index]
+
+
+def dense_twin(config: ModelConfig) -> ModelConfig:
+    """The dense model with the same active parameters per token: what the sparse one must beat.
+
+    Each sparse block becomes a dense one of width ``k * hidden + shared * hidden`` plus what the router costs; parameters agree
+    to within one hidden unit per block.
+    """
+    if config.moe is None:
+        return config
+    moe, hidden = config.moe, []
+    matrices = 3 if config.gated else 2
+    for layer in range(config.num_layers):
+        if layer not in config.moe_layers:
+            hidden.append(pick(config.hidden, layer))
+            continue
+        i = config.moe_layers.index(layer)
+        experts = pick(moe.num_experts, i) + moe.zero + moe.copy + moe.constant
+        active = (pick(moe.k, i) + moe.shared) * pick(moe.hidden, i)
+        hidden.append(active + round(experts / matrices))
+    return replace(config, moe=None, hidden=tuple(hidden))
+
+
+def _check_moe(config: ModelConfig, moe: MoEConfig) -> None:
+    _at_least("model.moe.every", moe.every, 1)
+    for name in ("dense_first", "shared", "zero", "copy", "constant"):
+        _at_least(f"model.moe.{name}", getattr(moe, name), 0)
+    sparse = len(config.moe_layers)
+    if not sparse:
+        raise ConfigError(
+            f"No layer is sparse: {config.num_layers} layers with moe.dense_first={moe.dense_first} and moe.every={moe.every}; "
+            "lower one of them, or leave moe out for a dense model."
+        )
+    for name in ("num_experts", "k", "hidden"):
+        _per_layer(f"model.moe.{name}", getattr(moe, name), sparse, 1, "sparse layer")
+    special = moe.zero + moe.copy + moe.constant
+    for i in range(sparse):
+        k, experts = pick(moe.k, i), pick(moe.num_experts, i) + special
+        if k > experts:
+            raise ConfigError(f"model.moe.k={k} is more than the {experts} experts of a layer; choose k between 1 and {experts}.")
+    if moe.shared_gate and not moe.shared:
+        raise ConfigError("model.moe.shared_gate needs at least one shared expert; set model.moe.shared=1.")
+    for name, coefficient in moe.losses.items():
+        if not coefficient >= 0:
+            raise ConfigError(f"model.moe.losses.{name} must be at least 0, not {coefficient}.")
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"{name} must be at least {least}, not {value}.")
+
+
+def _per_layer(name: str, value: int | tuple[int, ...], layers: int, least: int, what: str = "layer") -> None:
+    if isinstance(value, int):
+        _at_least(name, value, least)
+        return
+    if len(value) != layers:
+        raise ConfigError(f"{name} lists {len(value)} values for {layers} {what}s; give one number or one per {what}.")
+    for entry in value:
+        _at_least(name, entry, least)

@@ -1,0 +1,137 @@
+"""The decoder: embedding, blocks, final norm, head. Written for one device; everything else is applied from outside.
+
+Legend: B batch, S positions, L keys held, D model width, V vocabulary, T = B * S tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moesaic.errors import MoesaicError
+from moesaic.experts.layer import MoE
+from moesaic.models.block import Block
+from moesaic.models.config import ModelConfig
+from moesaic.models.output import Output
+from moesaic.nn.attention import AttentionContext, attention_mask
+from moesaic.nn.cache import KVCache
+from moesaic.nn.linear import Linear
+from moesaic.nn.rope import rope_tables
+from moesaic.plan.plan import RoutingPlan, SoftPlan
+from moesaic.routing import TokenContext
+
+
+class Decoder(nn.Module):
+    """A causal language model over the blocks it is given.
+
+    Attributes:
+        config: the shape it was built from.
+        compute_dtype: dtype of activations; None follows the embedding. Parameters keep their own.
+    """
+
+    def __init__(
+        self, config: ModelConfig, embedding: nn.Embedding, blocks: list[Block], norm: nn.Module, head: Linear
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = embedding
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm
+        self.head = head
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self.compute_dtype: torch.dtype | None = None
+
+    def forward(
+        self,
+        ids_BS: Tensor,
+        *,
+        valid_BS: Tensor | None = None,
+        document_BS: Tensor | None = None,
+        task_BS: Tensor | None = None,
+        cache: KVCache | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Output:
+        """Next-token logits for every position.
+
+        Args:
+            ids_BS: int64 vocabulary ids.
+            valid_BS: bool, False on padding: never attended to, never routed, in no statistic.
+            document_BS: int64; attention never crosses documents and positions restart in each.
+            task_BS: int64 task or domain ids, for routers that use them.
+            cache: keys and values of earlier positions; this forward appends to it.
+            generator: random numbers for noisy routers in training.
+
+        Raises ``MoesaicError`` if the input is longer than ``config.max_seq_len`` or ids are outside the vocabulary.
+        """
+        B, S = ids_BS.shape
+        self._check(ids_BS, S, document_BS, cache)
+        position_BS = _positions(ids_BS, valid_BS, document_BS, cache)
+        attention = self._attention_context(position_BS, valid_BS, document_BS, cache)
+        row_BS = torch.arange(B, device=ids_BS.device)[:, None].expand(B, S)
+        tokens = TokenContext(
+            ids_T=ids_BS.reshape(-1),
+            position_T=position_BS.reshape(-1),
+            sequence_T=row_BS.reshape(-1),
+            valid_T=None if valid_BS is None else valid_BS.reshape(-1),
+            task_T=None if task_BS is None else task_BS.reshape(-1),
+            generator=generator,
+        )
+        x_BSD = F.embedding(ids_BS, self.embedding.weight).to(self.compute_dtype or self.embedding.weight.dtype)
+        plans: dict[int, RoutingPlan | SoftPlan] = {}
+        for layer, block in enumerate(self.blocks):
+            x_BSD, plan = block(x_BSD, attention, tokens)
+            if plan is not None:
+                plans[layer] = plan
+        return Output(self.head(self.norm(x_BSD)), plans, cache)
+
+    def new_cache(self, batch: int, max_len: int) -> KVCache:
+        """An empty key/value cache for ``batch`` rows of up to ``max_len`` positions, padding included."""
+        cfg, weight = self.config, self.embedding.weight
+        dtype = self.compute_dtype or weight.dtype
+        return KVCache(cfg.num_layers, batch, max_len, cfg.kv_heads, cfg.heads_dim, dtype, weight.device)
+
+    def moe_layers(self) -> dict[int, MoE]:
+        """Sparse layers by block index."""
+        return {i: block.ffn for i, block in enumerate(self.blocks) if isinstance(block.ffn, MoE)}  # type: ignore[misc]
+
+    def _attention_context(
+        self, position_BS: Tensor, valid_BS: Tensor | None, document_BS: Tensor | None, cache: KVCache | None
+    ) -> AttentionContext:
+        cos, sin = rope_tables(position_BS, self.config.heads_dim, self.config.rope_theta)
+        place, key_position_BL, key_valid_BL = None, position_BS, valid_BS
+        if cache is not None:
+            seen_padding = cache.has_padding or valid_BS is not None
+            place = cache.reserve(position_BS, valid_BS)
+            key_position_BL = cache.position_BL[:, : cache.length]
+            key_valid_BL = cache.valid_BL[:, : cache.length] if seen_padding else None
+        masks = {
+            window: attention_mask(
+                position_BS, key_position_BL, key_valid_BL, query_document_BS=document_BS, window=window
+            )
+            for window in {self.config.window(layer) for layer in range(self.config.num_layers)}
+        }
+        return AttentionContext(cos, sin, masks, cache, place)
+
+    def _check(self, ids_BS: Tensor, S: int, document_BS: Tensor | None, cache: KVCache | None) -> None:
+        held = cache.length if cache is not None else 0
+        if held + S > self.config.max_seq_len:
+            raise MoesaicError(
+                f"The input is {held + S} tokens long, but this model's context is {self.config.max_seq_len}; shorten it."
+            )
+        if cache is not None and document_BS is not None:
+            raise MoesaicError("A cache holds one document per row; pass either cache or document_BS.")
+
+
+def _positions(
+    ids_BS: Tensor, valid_BS: Tensor | None, document_BS: Tensor | None, cache: KVCache | None
+) -> Tensor:
+    """int64 (B, S): index of each token among the real tokens of its document, so that padding changes nothing."""
+    counted_BS = torch.ones_like(ids_BS) if valid_BS is None else valid_BS.long()
+    before_BS = counted_BS.cumsum(dim=1) - counted_BS
+    if document_BS is not None:
+        starts_BS = torch.ones_like(document_BS, dtype=torch.bool)
+        starts_BS[:, 1:] = document_BS[:, 1:] != document_BS[:, :-1]
+        before_BS = before_BS - torch.where(starts_BS, before_BS, 0).cummax(dim=1).values
+    return before_BS if cache is None else before_BS + cache.next_position_B1

@@ -1,0 +1,29 @@
+"""What a model returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.utils import _pytree
+
+from moesaic.nn.cache import KVCache
+from moesaic.plan.plan import RoutingPlan, SoftPlan
+
+
+@dataclass(frozen=True, eq=False)
+class Output:
+    """Result of one forward.
+
+    Attributes:
+        logits: (B, S, V) in the activation dtype.
+        plans: sparse layer index -> the plan that was executed.
+        cache: the key/value cache that was passed in, now longer; or None.
+    """
+
+    logits: Tensor
+    plans: dict[int, RoutingPlan | SoftPlan]
+    cache: KVCache | None = None
+
+
+_pytree.register_dataclass(Output)
