@@ -1,0 +1,258 @@
+"""A model directory: ``config.json``, ``model.safetensors`` (or shards and index), ``tokenizer.json``, a manifest.
+
+>>> save_model(model, "my-model", tokenizer)               # whole or not at all; an older "my-model" survives a failure
+>>> model = load_model("my-model")                         # the saved bits; dtype=torch.bfloat16 converts on the way
+>>> config = load_config("my-model")                       # no tensor is touched
+
+Loading trusts nothing: every byte is checked against the manifest, every tensor must be expected, present and of the
+right shape before the first one is used, and no format that can run code is opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from moesaic.checkpoint.atomic import MANIFEST, atomic_folder, settle, verify_folder
+from moesaic.checkpoint.shards import (
+    MAX_SHARD_BYTES,
+    TensorInfo,
+    find_tensors,
+    names_in_words,
+    read_tensors,
+    refuse_pickle,
+    write_tensors,
+)
+from moesaic.checkpoint.untrusted import read_json, safe_member, show
+from moesaic.config import from_dict, to_dict
+from moesaic.errors import CheckpointError
+from moesaic.models.build import build_model
+from moesaic.models.config import ModelConfig
+
+FORMAT = "moesaic"
+VERSION = 1
+_RESERVED = ("config.json", "tokenizer.json", MANIFEST)
+
+
+class Tokenizer(Protocol):
+    """What saving needs of a tokenizer (``tokenizers.Tokenizer`` has it)."""
+
+    def to_str(self) -> str:
+        """The content of ``tokenizer.json``."""
+
+
+def save_model(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    tokenizer: Tokenizer | None = None,
+    extra_files: Mapping[str, bytes | dict[str, Any]] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Save ``model`` (with its ``model.config``) as the model directory ``folder``, replacing an older one of ours.
+
+    Every tensor keeps its dtype; tied weights are written once. ``extra_files``: name -> bytes, or a dict for JSON.
+    Raises ``MoesaicError`` (a sentence) where the disk refuses or ``folder`` holds files that are not ours.
+    """
+    with atomic_folder(folder) as partial:
+        fill_model_folder(partial, model, tokenizer, extra_files, max_shard_bytes)
+
+
+def fill_model_folder(
+    partial: Path,
+    model: nn.Module,
+    tokenizer: Tokenizer | None = None,
+    extra_files: Mapping[str, bytes | dict[str, Any]] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write the files of a model directory into ``partial``, a folder from ``atomic_folder``. Raises ``OSError``."""
+    config = {"format": FORMAT, "version": VERSION, "model": to_dict(model.config)}
+    (partial / "config.json").write_text(json.dumps(config, indent=1, allow_nan=False), encoding="utf-8")
+    if tokenizer is not None:
+        (partial / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    for name, content in (extra_files or {}).items():
+        path = safe_member(partial, name)
+        if name in _RESERVED or path.suffix == ".safetensors":
+            raise CheckpointError(f"The extra file cannot be called {name}: a model directory uses that name itself.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content, indent=1).encode())
+    write_tensors(model.state_dict(), partial, "model", max_shard_bytes)
+
+
+def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
+    """The ``ModelConfig`` of a model directory. Raises ``CheckpointError`` or ``ConfigError`` saying what is wrong."""
+    folder = settle(folder)
+    if not folder.is_dir():
+        what = "is a file; give the folder that holds it" if folder.exists() else "does not exist"
+        raise CheckpointError(f"The model directory {folder} {what}.")
+    refuse_pickle(folder)
+    path = safe_member(folder, "config.json")
+    data = read_json(path)
+    if data.get("format") != FORMAT:
+        if "model_type" in data or "architectures" in data:
+            kind = show(data.get("model_type", data.get("architectures")))
+            raise CheckpointError(
+                f"{folder} is a Hugging Face folder (model type {kind}), not a moesaic one; "
+                "conversion comes with a later version."
+            )
+        raise CheckpointError(f'{path} is not the config of a moesaic model: it lacks "format": "{FORMAT}".')
+    version = data.get("version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise CheckpointError(
+            f"{path} has the version {show(version)}; it should be a whole number from 1 to {VERSION}."
+        )
+    if version > VERSION:
+        raise CheckpointError(
+            f"{folder} was saved in format version {version}; this moesaic reads up to {VERSION}. Update moesaic."
+        )
+    unknown = sorted(set(data) - {"format", "version", "model"})
+    if unknown:
+        raise CheckpointError(f"{path} holds the unknown key {show(unknown[0])}; refused.")
+    return from_dict(ModelConfig, data.get("model"), f"{path}: model")
+
+
+def load_model(
+    folder: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    verify: bool = True,
+) -> nn.Module:
+    """The model saved in ``folder``, in evaluation mode, its parameters trainable and tied as its config says.
+
+    ``dtype``: None keeps every tensor as it was saved. A floating dtype converts as ``model.to(dtype)`` does, so that
+    what the modules keep in fp32 (routers and their biases) stays fp32. ``verify`` hashes every file first: about a
+    second per GB, and the only way to notice a flipped byte; False also accepts a folder without manifest.
+    Raises ``CheckpointError`` naming the file or tensor that is missing, unexpected, damaged or of the wrong shape.
+    """
+    folder = settle(folder)
+    config = load_config(folder)
+    infos = _checked_tensors(folder, verify)
+    # Built without memory or initialisation: the modules only say which tensors exist, of what shape, tied to which.
+    model = build_model(config, device="meta")
+    groups = _match(model, infos, folder)
+    dtypes = _target_dtypes(model, infos, dtype)
+    modules = model.state_dict(keep_vars=True)
+    state: dict[str, torch.Tensor] = {}
+    for saved, tensor in read_tensors(infos, device):
+        loaded, old = tensor.to(dtypes[saved]), modules[saved]
+        if isinstance(old, nn.Parameter):
+            # One object under every tied name: separate Parameters over one memory would get separate gradients.
+            loaded = nn.Parameter(loaded, requires_grad=old.requires_grad)
+        state.update(dict.fromkeys(groups[saved], loaded))
+    model.load_state_dict(state, strict=True, assign=True)
+    left = [name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
+    if left:
+        raise RuntimeError(f"{left} are not in the state dict, so a loaded model has no values for them")
+    return model.eval()
+
+
+def load_into(model: nn.Module, folder: str | os.PathLike[str], verify: bool = True) -> None:
+    """Copy the tensors saved in ``folder`` into ``model``, in place: its parameters stay the ones an optimizer holds.
+
+    Everything is checked before the first tensor changes. Raises ``CheckpointError`` as ``load_model`` does, and when
+    the folder's config differs from ``model.config`` (naming the settings) or a tensor from the model's dtype.
+    """
+    folder = settle(folder)
+    theirs, ours = to_dict(load_config(folder)), to_dict(model.config)
+    differences = config_differences(theirs, ours)
+    if differences:
+        raise CheckpointError(f"{folder} holds a model of another architecture: {'; '.join(differences[:3])}.")
+    infos = _checked_tensors(folder, verify)
+    groups = _match(model, infos, folder)
+    state = model.state_dict()
+    for saved, info in infos.items():
+        if info.dtype != state[saved].dtype:
+            raise CheckpointError(
+                f"{info.file}: the tensor {show(saved)} is {_name(info.dtype)} and {_name(state[saved].dtype)} in this "
+                "model; resume with the precision it was trained in."
+            )
+    with torch.no_grad():
+        for saved, tensor in read_tensors(infos):
+            state[groups[saved][0]].copy_(tensor)
+
+
+def read_header(folder: str | os.PathLike[str]) -> dict[str, TensorInfo]:
+    """Name -> (dtype, shape, file) of every tensor of a model directory, from the file headers alone."""
+    folder = settle(folder)
+    if folder.is_dir():
+        refuse_pickle(folder)
+    return find_tensors(folder, "model")
+
+
+def config_differences(theirs: Any, ours: Any, where: str = "") -> list[str]:
+    """Sentence parts such as ``"moe.k is 2 there and 4 here"`` for each setting in which two plain configs differ."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        keys = list(dict.fromkeys([*ours, *theirs]))
+        prefix = f"{where}." if where else ""
+        return [d for key in keys for d in config_differences(theirs.get(key), ours.get(key), f"{prefix}{key}")]
+    return [] if theirs == ours else [f"{where} is {show(theirs)} there and {show(ours)} here"]
+
+
+def _checked_tensors(folder: Path, verify: bool) -> dict[str, TensorInfo]:
+    """The headers of the model's tensors; with ``verify`` only of files that match the manifest."""
+    listed = verify_folder(folder) if verify else None
+    infos = find_tensors(folder, "model")
+    if listed is not None and "config.json" not in listed:
+        raise CheckpointError(
+            f"{folder / 'config.json'} is not listed in {MANIFEST}, so it was not saved with the rest."
+        )
+    return infos
+
+
+def _target_dtypes(
+    model: nn.Module, infos: Mapping[str, TensorInfo], dtype: torch.dtype | None
+) -> dict[str, torch.dtype]:
+    """The dtype of each tensor after loading. Casts the empty ``model`` (on the meta device, so this costs nothing)."""
+    # Casting asks each module which of its tensors may leave fp32, so that routers need not be known by name here.
+    model.to(torch.bfloat16 if dtype is None else dtype)
+    cast = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    if dtype is not None:
+        return cast
+    # As saved; only what the modules never hold below fp32 is widened, should a file hold it narrower.
+    return {
+        name: cast[name] if info.dtype.itemsize < cast[name].itemsize else info.dtype for name, info in infos.items()
+    }
+
+
+def _match(model: nn.Module, infos: Mapping[str, TensorInfo], folder: Path) -> dict[str, list[str]]:
+    """Saved name -> the model's names of that tensor (several when tied); raises on anything that does not fit."""
+    expected = model.state_dict(keep_vars=True)  # keep_vars: the Parameters themselves, so that ties show by identity
+    tied: dict[int, list[str]] = {}
+    for name, tensor in expected.items():
+        tied.setdefault(id(tensor), []).append(name)
+    groups: dict[str, list[str]] = {}
+    missing = []
+    for names in tied.values():
+        present = next((name for name in names if name in infos), None)
+        if present is None:
+            missing.append(names[0])
+        else:
+            groups[present] = names
+    if missing:
+        raise CheckpointError(f"{folder} lacks {len(missing)} tensors of the model: {names_in_words(missing)}.")
+    unexpected = [name for name in infos if name not in groups]
+    if unexpected:
+        raise CheckpointError(
+            f"{folder} holds {len(unexpected)} tensors that its config has no place for: {names_in_words(unexpected)}."
+        )
+    wrong = [name for name, info in infos.items() if info.shape != tuple(expected[name].shape)]
+    if wrong:
+        first = infos[wrong[0]]
+        raise CheckpointError(
+            f"{first.file}: {len(wrong)} tensors have the wrong shape, first {show(wrong[0])}: "
+            f"{list(first.shape)} there, {list(expected[wrong[0]].shape)} by the config."
+        )
+    for name, info in infos.items():
+        kind = expected[name].dtype
+        if info.dtype != kind and not (info.dtype.is_floating_point and kind.is_floating_point):
+            raise CheckpointError(f"{info.file}: the tensor {show(name)} is {_name(info.dtype)}, not {_name(kind)}.")
+    return groups
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
