@@ -47,7 +47,7 @@ class Fake(nn.Module):
         valid_BS = torch.ones_like(ids_BS, dtype=torch.bool) if valid_BS is None else valid_BS
         held = cache if cache is not None else FakeCache(ids_BS.shape[1])
         held.length += ids_BS.shape[1]
-        assert held.length <= held.max_len
+        assert held.length <= min(held.max_len, self.config.max_seq_len)  # columns, padding included
         held.fed.append((ids_BS.clone(), valid_BS.clone()))
         if held.count_B is None:
             held.count_B = torch.zeros(len(ids_BS), dtype=torch.int64)

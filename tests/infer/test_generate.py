@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.infer.fakes import FakeConfig, Rolling, Script
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from moesaic.errors import ConfigError, DataError
 from moesaic.infer import SamplingConfig, generate, generate_texts
 from moesaic.tokenizer import EOS, encode, train_bpe
+from tests.infer.fakes import FakeConfig, Rolling, Script
 
 BYTES = train_bpe([], 258)  # one token per byte
 MERGED = train_bpe(["the end of the end " * 20], 290)

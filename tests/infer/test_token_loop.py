@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.infer.fakes import FakeConfig, Rolling, Script
 
 from moesaic.errors import ConfigError, NonFiniteError
 from moesaic.infer.sampling import SamplingConfig
 from moesaic.infer.token_loop import generate_ids
+from tests.infer.fakes import FakeConfig, Rolling, Script
 
 GREEDY = SamplingConfig(temperature=0)
 PROMPTS = [[5, 9, 2, 4, 8, 1], [7], [3, 3, 6]]
@@ -183,3 +183,16 @@ def test_a_finished_row_may_compute_nonsense():
 
     result = generate_ids(Nonsense([[0], [20]]), [[5], [5]], max_new_tokens=4, eos_ids=[0])
     assert result.ids == ((), (20, 20, 20, 20))
+
+
+def test_rows_that_do_not_fit_side_by_side_run_one_after_the_other():
+    # 8 columns of prompt and 9 tokens to go for the short row would be 16 columns in a context of 10.
+    model = Rolling(FakeConfig(max_seq_len=10))
+    prompts = [[5] * 8, [7], [3, 4]]
+    with pytest.warns(UserWarning, match="Prompt 0 has 8 tokens"):
+        result = generate_ids(model, prompts, max_new_tokens=9, sampling=SamplingConfig(temperature=0.5))
+    assert [len(ids) for ids in result.ids] == [2, 9, 8]
+    assert [cache.fed[0][0].shape[0] for cache in model.caches] == [2, 1]
+    model.head.data[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match="row 1"), pytest.warns(UserWarning, match="Prompt 0"):
+        generate_ids(model, prompts, max_new_tokens=9)

@@ -169,15 +169,20 @@ def process(logits_BV: Tensor, history: History | None, config: SamplingConfig) 
 
 
 def sample(
-    logits_BV: Tensor, history: History | None, config: SamplingConfig, generators: Sequence[torch.Generator]
+    logits_BV: Tensor,
+    history: History | None,
+    config: SamplingConfig,
+    generators: Sequence[torch.Generator],
+    names: Sequence[int] | None = None,
 ) -> Tensor:
     """The next token of every row, ids_B int64 on the device of ``logits_BV``.
 
     ``generators``: one CPU generator per row; each draws one uniform number per call unless the choice is greedy.
+    ``names``: what an error calls each row; its index by default.
     A logit of -inf is a token that may not be chosen. Raises ``NonFiniteError`` naming the row when a logit is NaN or
     +inf or when every token of a row is -inf.
     """
-    _check_finite(logits_BV)
+    _check_finite(logits_BV, range(logits_BV.shape[0]) if names is None else names)
     logits_BV = process(logits_BV, history, config)
     if config.temperature == 0:
         return logits_BV.argmax(-1)  # torch documents: the first of equal maxima
@@ -192,15 +197,15 @@ def sample(
     return torch.minimum(ids_B, last_B)
 
 
-def _check_finite(logits_BV: Tensor) -> None:
+def _check_finite(logits_BV: Tensor, names: Sequence[int]) -> None:
     bad_B = (logits_BV.isnan() | (logits_BV == math.inf)).any(-1)
     if bool(bad_B.any()):
-        row = int(bad_B.to(torch.int8).argmax())
+        row = names[int(bad_B.to(torch.int8).argmax())]
         raise NonFiniteError(
             f"The model's logits for row {row} hold NaN or infinity, so no token can be chosen; "
             "the weights may be damaged, or the model may need a wider dtype such as float32."
         )
     empty_B = (logits_BV == -math.inf).all(-1)
     if bool(empty_B.any()):
-        row = int(empty_B.to(torch.int8).argmax())
+        row = names[int(empty_B.to(torch.int8).argmax())]
         raise NonFiniteError(f"Every logit of row {row} is minus infinity, so no token can be chosen.")

@@ -100,72 +100,116 @@ def generate_ids(
     sampling = sampling or SamplingConfig()
     if not hasattr(model, "new_cache"):
         raise ConfigError(f"generate needs a decoder with a key-value cache, but {type(model).__name__} has none.")
-    room_B = _room(prompts, max_new_tokens, model.config)
-    rows = range(len(prompts))
-    generators = _random_streams(prompts, seed)
-    new: list[list[int]] = [[] for _ in rows]
+    room = _room(prompts, max_new_tokens, model.config)
+    streams = _random_streams(prompts, seed)
+    new: list[list[int]] = [[] for _ in prompts]
     finish: dict[int, Finish] = {}
-    if not prompts:
-        return Generation((), (), 0, 0.0, 0, 0.0)
 
-    width, steps = max(len(prompt) for prompt in prompts), max(room_B)
-    device = next(model.parameters()).device
-    ids_BS = torch.full((len(prompts), width + steps), pad_id, dtype=torch.int64)
-    valid_BS = torch.zeros_like(ids_BS, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        ids_BS[row, width - len(prompt) : width] = torch.tensor(prompt)
-        valid_BS[row, width - len(prompt) : width] = True
-    sampler = torch.device("cpu") if device.type == "mps" else device  # sampling needs fp64, which MPS lacks
-    ids_BS, valid_BS = ids_BS.to(sampler), valid_BS.to(sampler)
-    banned = torch.tensor(list(banned_ids), dtype=torch.int64, device=sampler)
-
-    def take(row: int, token: int) -> None:
-        """Append one sampled token to its row, and end the row if that was its last."""
+    def take(row: int, token: int) -> bool:
+        """Append one sampled token to its row; True if that was its last."""
         if token in eos_ids:
             finish[row] = "eos"
         else:
             new[row].append(token)
             if on_token is not None and on_token(row, token):
                 finish[row] = "stop"
-            elif len(new[row]) == room_B[row]:
+            elif len(new[row]) == room[row]:
                 finish[row] = "length"
         if row in finish and on_finish is not None:
             on_finish(row, finish[row])
+        return row in finish
 
-    sampled, seconds, start = [0, 0], [0.0, 0.0], time.perf_counter()  # [prefill, decode]
+    clock = _Clock()
     with _evaluating(model), torch.inference_mode():
-        cache = model.new_cache(len(prompts), width + steps - 1)  # the last token is never fed
-        begin, end = 0, width
-        while True:
-            fed_BS, fed_valid_BS = ids_BS[:, begin:end].to(device), valid_BS[:, begin:end].to(device)
-            output = model(fed_BS, valid_BS=fed_valid_BS, cache=cache)
-            cache = output.cache
-            logits_BV = output.logits[:, -1].to(sampler, torch.float32, copy=True)
-            logits_BV[:, banned] = -torch.inf
-            logits_BV[list(finish)] = 0.0  # a finished row computes on padding alone, and nobody reads it
-            history = History(ids_BS[:, :end], valid_BS[:, :end], width)
-            token_B = sample(logits_BV, history, sampling, generators).tolist()
-            live = [row for row in rows if row not in finish]
-            phase = min(begin, 1)
-            sampled[phase] += len(live)
-            seconds[phase] += time.perf_counter() - start
-            for row in live:  # the caller's time in its callbacks is not the model's
-                take(row, token_B[row])
-            if len(finish) == len(prompts):
-                break
-            start = time.perf_counter()
-            ids_BS[:, end] = torch.tensor([pad_id if row in finish else token_B[row] for row in rows])
-            valid_BS[:, end] = torch.tensor([row not in finish for row in rows])
-            begin, end = end, end + 1
-
+        for rows in _batches([len(prompt) for prompt in prompts], room, model.config.max_seq_len):
+            batch = [prompts[row] for row in rows]
+            generators = [streams[row] for row in rows]
+            steps = max(room[row] for row in rows)
+            _run_batch(model, rows, batch, steps, sampling, generators, pad_id, banned_ids, take, clock)
     return Generation(
         ids=tuple(tuple(row) for row in new),
-        finish=tuple(finish[row] for row in rows),
+        finish=tuple(finish[row] for row in range(len(prompts))),
         prefill_tokens=sum(len(prompt) for prompt in prompts),
-        prefill_seconds=seconds[0],
-        decode_tokens=sampled[1],
-        decode_seconds=seconds[1],
+        prefill_seconds=clock.prefill,
+        decode_tokens=clock.decoded,
+        decode_seconds=clock.decode,
     )
+
+
+@dataclass
+class _Clock:
+    """Seconds of each phase and tokens decoded, the caller's callbacks excluded."""
+
+    prefill: float = 0.0
+    decode: float = 0.0
+    decoded: int = 0
+
+
+def _run_batch(
+    model: CausalModel,
+    rows: list[int],
+    prompts: list[Sequence[int]],
+    steps: int,
+    sampling: SamplingConfig,
+    generators: list[torch.Generator],
+    pad_id: int,
+    banned_ids: Sequence[int],
+    take: Callable[[int, int], bool],
+    clock: _Clock,
+) -> None:
+    """Decode one left-padded batch until ``take(row, token)`` has returned True for every row; ``rows`` are its names."""
+    width, device = max(len(prompt) for prompt in prompts), next(model.parameters()).device
+    ids_BS = torch.full((len(rows), width + steps), pad_id, dtype=torch.int64)
+    valid_BS = torch.zeros_like(ids_BS, dtype=torch.bool)
+    for b, prompt in enumerate(prompts):
+        ids_BS[b, width - len(prompt) : width] = torch.tensor(prompt)
+        valid_BS[b, width - len(prompt) : width] = True
+    sampler = torch.device("cpu") if device.type == "mps" else device  # sampling needs fp64, which MPS lacks
+    ids_BS, valid_BS = ids_BS.to(sampler), valid_BS.to(sampler)
+    banned = torch.tensor(list(banned_ids), dtype=torch.int64, device=sampler)
+
+    start = time.perf_counter()
+    cache = model.new_cache(len(rows), width + steps - 1)  # the last token is never fed
+    live = [True] * len(rows)
+    begin, end = 0, width
+    while True:
+        fed_BS, fed_valid_BS = ids_BS[:, begin:end].to(device), valid_BS[:, begin:end].to(device)
+        output = model(fed_BS, valid_BS=fed_valid_BS, cache=cache)
+        cache = output.cache
+        logits_BV = output.logits[:, -1].to(sampler, torch.float32, copy=True)
+        logits_BV[:, banned] = -torch.inf
+        # A finished row computes on padding alone, and nobody reads it: it must not count as NaN.
+        logits_BV[[b for b, alive in enumerate(live) if not alive]] = 0.0
+        history = History(ids_BS[:, :end], valid_BS[:, :end], width)
+        token_B = sample(logits_BV, history, sampling, generators, rows).tolist()
+        if begin == 0:
+            clock.prefill += time.perf_counter() - start
+        else:
+            clock.decode += time.perf_counter() - start
+            clock.decoded += sum(live)
+        live = [alive and not take(row, token) for alive, row, token in zip(live, rows, token_B, strict=True)]
+        if not any(live):
+            return
+        start = time.perf_counter()
+        ids_BS[:, end] = torch.tensor([token if alive else pad_id for alive, token in zip(live, token_B, strict=True)])
+        valid_BS[:, end] = torch.tensor(live)
+        begin, end = end, end + 1
+
+
+def _batches(lengths: list[int], room: list[int], context: int) -> list[list[int]]:
+    """Rows that decode together: as many as fit, padding included, in the context the model allows.
+
+    Usually all. A long prompt beside a short one with many tokens to go would need more columns than either alone; the
+    model counts columns, so such rows run one batch after the other.
+    """
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
+        # The first of a batch is its shortest prompt, which may generate the most.
+        if batches and lengths[row] + room[batches[-1][0]] - 1 <= context:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return [sorted(batch) for batch in batches]
 
 
 def _room(prompts: Sequence[Sequence[int]], max_new_tokens: int, sizes: Sizes) -> list[int]:
