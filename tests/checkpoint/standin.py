@@ -22,6 +22,7 @@ class TinyConfig:
     dim: int = 4
     vocab_size: int = 7
     tied: bool = False
+    num_layers: int = 1
     moe: TinyMoE = field(default_factory=TinyMoE)
 
 

@@ -70,9 +70,14 @@ def test_replacing_leaves_only_the_new_folder(tmp_path: Path) -> None:
 def test_a_failure_leaves_the_old_folder_untouched(tmp_path: Path, error: type[BaseException]) -> None:
     fill(tmp_path / "model")
     before = tree(tmp_path)
-    with pytest.raises(error), atomic_folder(tmp_path / "model") as partial:
-        (partial / "half").write_text("...")
-        raise error
+
+    def failing() -> None:
+        with atomic_folder(tmp_path / "model") as partial:
+            (partial / "half").write_text("...")
+            raise error
+
+    with pytest.raises(error):
+        failing()
     assert tree(tmp_path) == before
 
 

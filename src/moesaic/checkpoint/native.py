@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -34,9 +34,11 @@ from moesaic.config import from_dict, to_dict
 from moesaic.errors import CheckpointError
 from moesaic.models.build import build_model
 from moesaic.models.config import ModelConfig
+from moesaic.models.decoder import Decoder
 
 FORMAT = "moesaic"
 VERSION = 1
+C = TypeVar("C")
 _RESERVED = ("config.json", "tokenizer.json", MANIFEST)
 
 
@@ -86,7 +88,10 @@ def fill_model_folder(
 
 def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
     """The ``ModelConfig`` of a model directory. Raises ``CheckpointError`` or ``ConfigError`` saying what is wrong."""
-    folder = settle(folder)
+    return _read_config(settle(folder), ModelConfig)
+
+
+def _read_config(folder: Path, kind: type[C]) -> C:
     if not folder.is_dir():
         what = "is a file; give the folder that holds it" if folder.exists() else "does not exist"
         raise CheckpointError(f"The model directory {folder} {what}.")
@@ -95,9 +100,9 @@ def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
     data = read_json(path)
     if data.get("format") != FORMAT:
         if "model_type" in data or "architectures" in data:
-            kind = show(data.get("model_type", data.get("architectures")))
+            family = show(data.get("model_type", data.get("architectures")))
             raise CheckpointError(
-                f"{folder} is a Hugging Face folder (model type {kind}), not a moesaic one; "
+                f"{folder} is a Hugging Face folder (model type {family}), not a moesaic one; "
                 "conversion comes with a later version."
             )
         raise CheckpointError(f'{path} is not the config of a moesaic model: it lacks "format": "{FORMAT}".')
@@ -113,7 +118,7 @@ def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
     unknown = sorted(set(data) - {"format", "version", "model"})
     if unknown:
         raise CheckpointError(f"{path} holds the unknown key {show(unknown[0])}; refused.")
-    return from_dict(ModelConfig, data.get("model"), f"{path}: model")
+    return from_dict(kind, data.get("model"), f"{path}: model")
 
 
 def load_model(
@@ -121,7 +126,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     verify: bool = True,
-) -> nn.Module:
+) -> Decoder:
     """The model saved in ``folder``, in evaluation mode, its parameters trainable and tied as its config says.
 
     ``dtype``: None keeps every tensor as it was saved. A floating dtype converts as ``model.to(dtype)`` does, so that
@@ -132,8 +137,13 @@ def load_model(
     folder = settle(folder)
     config = load_config(folder)
     infos = _checked_tensors(folder, verify)
-    # Built without memory or initialisation: the modules only say which tensors exist, of what shape, tied to which.
-    model = build_model(config, device="meta")
+    if config.num_layers > len(infos):  # before building a billion empty layers
+        raise CheckpointError(
+            f"{folder} has {len(infos)} tensors, too few for the {config.num_layers} layers of its config."
+        )
+    # Built without memory: the modules only say which tensors exist, of what shape, tied to which. The seed keeps what
+    # initialisation draws away from the caller's random state.
+    model = build_model(config, seed=0, device="meta")
     groups = _match(model, infos, folder)
     dtypes = _target_dtypes(model, infos, dtype)
     modules = model.state_dict(keep_vars=True)
@@ -158,7 +168,7 @@ def load_into(model: nn.Module, folder: str | os.PathLike[str], verify: bool = T
     the folder's config differs from ``model.config`` (naming the settings) or a tensor from the model's dtype.
     """
     folder = settle(folder)
-    theirs, ours = to_dict(load_config(folder)), to_dict(model.config)
+    theirs, ours = to_dict(_read_config(folder, type(model.config))), to_dict(model.config)
     differences = config_differences(theirs, ours)
     if differences:
         raise CheckpointError(f"{folder} holds a model of another architecture: {'; '.join(differences[:3])}.")

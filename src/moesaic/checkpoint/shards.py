@@ -136,7 +136,7 @@ def header_of(file: Path) -> dict[str, TensorInfo]:
     refuse_pickle(file)
     with _reading(file), safe_open(file, "numpy") as f:
         infos = {}
-        for name in f.keys():  # noqa: SIM118 - the library's object is not a dict
+        for name in f.keys():
             piece = f.get_slice(name)
             dtype = _DTYPES.get(str(piece.get_dtype()))
             if dtype is None:
