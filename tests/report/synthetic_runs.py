@@ -1,6 +1,6 @@
 """Realistic made-up run folders for the report: a sparse run and its dense twin, with drift, collapse and recovery.
 
-    python tests/report/synthetic_runs.py FOLDER      # writes FOLDER/sparse, FOLDER/dense, FOLDER/summary.json
+python tests/report/synthetic_runs.py FOLDER      # writes FOLDER/sparse, FOLDER/dense, FOLDER/summary.json
 """
 
 from __future__ import annotations
@@ -64,8 +64,17 @@ def sparse_records(
                 for d, name in enumerate(domains)
             }
             records.append(val_record(step, final, seconds, done, domains) | {"domain_load": domain_load})
-    records.append({"kind": "sample", "step": steps, "prompt": "def area(r):", "text": "def area(r):\n    return 3.14 * r ** 2\n"})
-    records.append({"kind": "sample", "step": steps, "prompt": "Once upon", "text": " a time there was a router who could not choose."})
+    records.append(
+        {"kind": "sample", "step": steps, "prompt": "def area(r):", "text": "def area(r):\n    return 3.14 * r ** 2\n"}
+    )
+    records.append(
+        {
+            "kind": "sample",
+            "step": steps,
+            "prompt": "Once upon",
+            "text": " a time there was a router who could not choose.",
+        }
+    )
     return records + ([{"kind": "end", "step": steps, "reason": end}] if end else [])
 
 
@@ -84,15 +93,17 @@ def dense_records(
     return records + ([{"kind": "end", "step": steps, "reason": end}] if end else [])
 
 
-def header_record(
-    model: str, layers: tuple[int, ...], experts: tuple[int, ...], domains: tuple[str, ...]
-) -> Record:
+def header_record(model: str, layers: tuple[int, ...], experts: tuple[int, ...], domains: tuple[str, ...]) -> Record:
     moe = {"experts": max(experts), "k": 2, "router": "topk"} if experts else None
     return {
         "kind": "run",
         "time": 1.7e9,
         "name": f"tiny-{model}",
-        "config": {"model": {"dim": 256, "num_layers": 7, "moe": moe}, "optim": {"lr": 0.003, "betas": [0.9, 0.95]}, "seed": 0},
+        "config": {
+            "model": {"dim": 256, "num_layers": 7, "moe": moe},
+            "optim": {"lr": 0.003, "betas": [0.9, 0.95]},
+            "seed": 0,
+        },
         "params_total": 41_200_000 if experts else 9_830_000,
         "params_active": 9_800_000,
         "layers": list(layers),
@@ -126,7 +137,9 @@ def val_record(step: int, final: float, seconds: float, done: float, domains: tu
     loss = curve(done, final)
     offsets = np.linspace(-0.55, 0.4, len(domains))
     tilt = 0.06 * (final - 2.4)
-    by_domain = {name: float(loss + offsets[i] * (1 + tilt) + 0.03 * math.sin(9 * i * final)) for i, name in enumerate(domains)}
+    by_domain = {
+        name: float(loss + offsets[i] * (1 + tilt) + 0.03 * math.sin(9 * i * final)) for i, name in enumerate(domains)
+    }
     return {
         "kind": "val",
         "step": step,

@@ -8,16 +8,18 @@ The page's stylesheet (page.css) gives the classes their colours in both themes.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from .text import big, escape, shorten
+from moesaic.report.text import big, escape, shorten
 
 Number = float | None
 PHONE_WIDTH = 400
+PANEL_WIDTH = 320
 
 # One character per heat-map cell: log2(load / fair share) in eighths, then "no token", then "not logged".
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_."
@@ -59,12 +61,12 @@ def finite(values: Sequence[Number]) -> list[float]:
 
 
 def nice_ticks(low: float, high: float, count: int) -> list[float]:
-    """Round numbers (1, 2, 2.5 or 5 times a power of ten) inside [low, high], about ``count`` of them."""
+    """Round numbers (1, 2, 2.5 or 5 times a power of ten) inside [low, high], as near to ``count`` as can be."""
     if not high > low:
         return [low]
-    rough = (high - low) / max(1, count)
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next((m * power for m in (1, 2, 2.5, 5) if m * power >= rough * 0.999), 10 * power)
+    power = 10.0 ** math.floor(math.log10((high - low) / max(1, count)))
+    steps = [m * power for m in (1, 2, 2.5, 5, 10)]
+    step = min(steps, key=lambda s: abs(math.floor(high / s + 1e-9) - math.ceil(low / s - 1e-9) + 1 - count))
     first = math.ceil(low / step - 1e-9)
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -97,7 +99,7 @@ def thin(x: Sequence[float], y: Sequence[Number], points: int) -> tuple[list[flo
         return list(x), list(y)
     keep: list[int] = []
     edges = np.linspace(0, len(x), points // 2 + 1).astype(int)
-    for start, stop in zip(edges, edges[1:]):
+    for start, stop in itertools.pairwise(edges):
         known = [i for i in range(start, stop) if finite([y[i]])]
         keep += sorted({min(known, key=lambda i: y[i] or 0.0), max(known, key=lambda i: y[i] or 0.0)}) or [start]
     return [x[i] for i in keep], [y[i] for i in keep]
@@ -107,7 +109,7 @@ def path(xs: Sequence[float], ys: Sequence[Number]) -> str:
     """The ``d`` of a polyline; a gap at every None, and a dot (zero-length stroke) for a point between two gaps."""
     parts: list[str] = []
     run = 0
-    for x, y in zip(xs, ys):
+    for x, y in zip(xs, ys, strict=True):
         if y is None or not math.isfinite(y):
             parts += ["h0"] if run == 1 else []
             run = 0
@@ -120,7 +122,7 @@ def path(xs: Sequence[float], ys: Sequence[Number]) -> str:
 
 def line_chart(series: Sequence[Series], frame: Frame) -> str:
     """Lines (and validation dots) over a light grid."""
-    xs = [v for s in series for v, y in zip(s.x, s.y) if y is not None and math.isfinite(y)]
+    xs = [v for s in series for v, y in zip(s.x, s.y, strict=True) if y is not None and math.isfinite(y)]
     ys = [v for s in series for v in finite(s.y)]
     x_low, x_high = (min(xs), max(xs)) if xs else (0.0, 1.0)
     if x_low == x_high:
@@ -161,13 +163,13 @@ def line_chart(series: Sequence[Series], frame: Frame) -> str:
         if d:
             out.append(f'<path class="line {s.css}"{tag}{style} d="{d}"/>')
         if s.dots:
-            places = ((sx(x), y) for x, y in zip(s.x, points) if y is not None)
+            places = ((sx(x), y) for x, y in zip(s.x, points, strict=True) if y is not None)
             out += [f'<circle class="dot {s.css}" cx="{_n(x)}" cy="{_n(y)}" r="3"/>' for x, y in places]
     return "".join(out) + "</g></svg>"
 
 
 def bar_chart(labels: Sequence[str], values: Sequence[Number], frame: Frame) -> str:
-    """Vertical bars from zero, one per label, the value on top where there is room."""
+    """Vertical bars from zero, one per label, the value (written by ``x_format``) on top where there is room."""
     left, right, top, bottom = 48, 14, 30, 42
     width, height = frame.width - left - right, frame.height - top - bottom
     high = max([*finite(values), *(v for v, _ in frame.refs), 1e-9]) * 1.12
@@ -178,7 +180,7 @@ def bar_chart(labels: Sequence[str], values: Sequence[Number], frame: Frame) -> 
         out.append(f'<path class="grid" d="M{left} {_n(y)}h{width}"/>')
         out.append(f'<text class="tick" x="{left - 8}" y="{_n(y + 4)}" text-anchor="end">{frame.y_format(tick)}</text>')
     every = max(1, math.ceil(len(values) * 26 / width))
-    for i, (label, value) in enumerate(zip(labels, values)):
+    for i, (label, value) in enumerate(zip(labels, values, strict=True)):
         middle = left + slot * (i + 0.5)
         if finite([value]):
             bar = height * (value or 0.0) / high
@@ -186,7 +188,7 @@ def bar_chart(labels: Sequence[str], values: Sequence[Number], frame: Frame) -> 
             out.append(f'y="{_n(top + height - bar)}" height="{_n(bar)}" rx="1.5"/>')
             if slot >= 38:
                 out.append(f'<text class="value" x="{_n(middle)}" y="{_n(top + height - bar - 5)}" ')
-                out.append(f'text-anchor="middle">{escape(frame.y_format(value or 0.0))}</text>')
+                out.append(f'text-anchor="middle">{escape(frame.x_format(value or 0.0))}</text>')
         if i % every == 0:
             out.append(f'<text class="tick" x="{_n(middle)}" y="{top + height + 16}" text-anchor="middle">')
             out.append(f"{escape(label)}</text>")
@@ -197,7 +199,8 @@ def bar_chart(labels: Sequence[str], values: Sequence[Number], frame: Frame) -> 
 
 def dot_rows(names: Sequence[str], columns: Sequence[tuple[str, Sequence[Number]]], frame: Frame) -> str:
     """One row per name, one dot per column on a shared scale; a line joins the dots of a row."""
-    left, right, top, row = min(170, frame.width * 0.32), 18, 30, 30
+    longest = max((len(name) for name in names), default=0)
+    left, right, top, row = 12 + min(30 + 7.2 * longest, 200, frame.width * 0.32), 18, 8, 30
     width, height = frame.width - left - right, row * len(names)
     values = [v for _, column in columns for v in finite(column)]
     low, high = padded(values)
@@ -214,7 +217,7 @@ def dot_rows(names: Sequence[str], columns: Sequence[tuple[str, Sequence[Number]
     for i, name in enumerate(names):
         y = top + row * (i + 0.5)
         out.append(f'<text class="name" x="{left - 12}" y="{y + 4}" text-anchor="end"><title>{escape(name)}</title>')
-        out.append(f"{escape(shorten(name, int(left / 7.6)))}</text>")
+        out.append(f"{escape(shorten(name, int((left - 24) / 7.2) + 1))}</text>")
         here = finite([column[i] for _, column in columns])
         if len(here) > 1:
             out.append(f'<path class="join" d="M{_n(sx(min(here)))} {y}H{_n(sx(max(here)))}"/>')
@@ -261,6 +264,13 @@ def cells(rows: Sequence[str]) -> str:
     return "".join(f'<path class="{css}" d="{"".join(d)}"/>' for css, d in sorted(paths.items()))
 
 
+def mesh(columns: int, rows: int) -> str:
+    """Hairlines between the cells of a small grid (charts with very many cells are clearer without)."""
+    d = "".join(f"M{x} 0v{rows}" for x in range(1, columns)) if columns <= 40 else ""
+    d += "".join(f"M0 {y}h{columns}" for y in range(1, rows)) if rows <= 40 else ""
+    return f'<path class="mesh" d="{d}"/>' if d else ""
+
+
 def heat_map(
     rows: Sequence[str],
     frame: Frame,
@@ -289,7 +299,8 @@ def heat_map(
     out.append("</g>")
     out.append(f'<rect class="gap" x="{_n(left)}" y="{top}" width="{_n(width)}" height="{_n(height)}"/>')
     out.append(f'<svg class="cells" x="{_n(left)}" y="{top}" width="{_n(width)}" height="{_n(height)}" ')
-    out.append(f'viewBox="0 0 {num_columns} {max(1, len(rows))}" preserveAspectRatio="none">{cells(rows)}</svg>')
+    out.append(f'viewBox="0 0 {num_columns} {max(1, len(rows))}" preserveAspectRatio="none">')
+    out.append(cells(rows) + mesh(num_columns, len(rows)) + "</svg>")
     out.append(_labels(frame, left + width))
     return "".join(out) + "</svg>"
 
@@ -337,7 +348,7 @@ def depth_colour(position: float) -> str:
     stops = ((76, 95, 201), (45, 140, 170), (112, 152, 92), (208, 138, 40))
     place = max(0.0, min(1.0, position)) * (len(stops) - 1)
     i = min(int(place), len(stops) - 2)
-    mix = [round(a + (b - a) * (place - i)) for a, b in zip(stops[i], stops[i + 1])]
+    mix = [round(a + (b - a) * (place - i)) for a, b in zip(stops[i], stops[i + 1], strict=True)]
     return "#" + "".join(f"{c:02x}" for c in mix)
 
 
@@ -377,7 +388,7 @@ def _labels(frame: Frame, right: float) -> str:
 def _x_axis(
     frame: Frame, sx: Callable[[float], float], limits: tuple[float, float], left: int, y: int, width: int
 ) -> str:
-    ticks = (frame.x_ticks or nice_ticks)(*limits, max(2, int(width / 110)))
+    ticks = (frame.x_ticks or nice_ticks)(*limits, max(3, int(width / 110)))
     out = [f'<path class="base" d="M{left} {y}h{width}"/>']
     for tick in ticks:
         out.append(f'<text class="tick" x="{_n(sx(tick))}" y="{y + 16}" text-anchor="{_anchor(sx(tick), frame)}">')

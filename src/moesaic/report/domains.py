@@ -9,10 +9,11 @@ import math
 
 import numpy as np
 
-from . import charts, text
-from .charts import Frame
-from .figures import (
+from moesaic.report import charts, text
+from moesaic.report.charts import Frame
+from moesaic.report.figures import (
     MAX_DOMAINS,
+    WIDE,
     Data,
     both,
     expert_ticks,
@@ -24,16 +25,14 @@ from .figures import (
     scale_legend,
     sized,
 )
-from .runs import Run
-from .text import escape
-
-WIDE = 960
+from moesaic.report.runs import Run
+from moesaic.report.text import escape
 
 
 def domain_section(run: Run, data: Data) -> str:
     """Heat map of domain by expert, each expert's mix of domains, and specialisation in bits."""
     names, loads = _limited(run)
-    layers = []
+    layers: list[Data] = []
     for index, count in enumerate(run.num_experts):
         load_DE = np.stack([rows[index] for rows in loads]).astype(float)
         total_D1 = load_DE.sum(1, keepdims=True)
@@ -43,7 +42,7 @@ def domain_section(run: Run, data: Data) -> str:
     count = run.num_experts[0]
     rows = [layers[0]["h"][d * count : (d + 1) * count] for d in range(len(names))]
     mix = layers[0]["p"]
-    frame = Frame("Experts chosen by each domain, selected layer", "expert", "", chart_id="domain")
+    frame = Frame("Experts chosen by each domain, selected layer", "expert", "domain", chart_id="domain")
     left = min(170, 30 + 7 * max(len(name) for name in names))
     heat = both(
         lambda w: charts.heat_map(
@@ -55,7 +54,9 @@ def domain_section(run: Run, data: Data) -> str:
             left=left if w == WIDE else min(left, 120),
         )
     )
-    stack_frame = Frame("Domains served by each expert, selected layer", "expert", "share of its tokens", chart_id="stack")
+    stack_frame = Frame(
+        "Domains served by each expert, selected layer", "expert", "share of its tokens", chart_id="stack"
+    )
     stack = both(
         lambda w: charts.stacked_bars(mix, sized(stack_frame, w, 280), expert_ticks(count, 32 if w == WIDE else 10))
     )
@@ -64,7 +65,7 @@ def domain_section(run: Run, data: Data) -> str:
         _information(run, data)
         + figure(
             "Which experts each domain uses",
-            "Pale: the domain sends this expert its fair share, 1/E of its tokens. Orange: a favourite. Blue: avoided.",
+            "Neutral: the domain sends this expert its fair share, 1/E of its tokens. Orange: a favourite. Blue: avoided.",
             layer_name(run) + scale_legend() + heat,
         )
         + figure(
@@ -113,6 +114,7 @@ def _information(run: Run, data: Data) -> str:
     count = len(run.domain_load)
     if count < 2:
         return '<p class="lead">Only one domain was validated, so there is no specialisation to measure.</p>'
+    last = last or [None] * len(run.layers)
     known = charts.finite(last)
     most = min(math.log2(count), math.log2(max(run.num_experts)))
     noise = max(chance_bits(run, i) for i in range(len(run.num_experts)))
@@ -120,15 +122,25 @@ def _information(run: Run, data: Data) -> str:
     sentence = (
         f"Specialisation is the mutual information between a token's domain and its expert: how many bits knowing the "
         f"expert tells about the domain. The mean over layers is {mean:.3f} bits, of at most {most:.2f}; "
-        f"routing at random would show about {noise:.3f} from counting noise alone."
+        f"random routing would show about {noise:.1g} from counting noise alone."
     )
     labels = [run_layer(run, i) for i in range(len(run.layers))]
-    bars = Frame("Specialisation by layer", "layer", "bits", chart_id="", y_format=lambda v: f"{v:.2g}")
+    bars = Frame(
+        "Specialisation by layer",
+        "layer",
+        "bits",
+        440,
+        250,
+        x_format=lambda v: f"{v:.2f}" if max(known, default=0) >= 0.1 else f"{v:.3f}",
+        y_format=lambda v: f"{v:.2g}",
+    )
     by_layer = charts.bar_chart(labels, last, bars)
     frame = Frame(
         "Specialisation over time",
         "training tokens",
         "bits",
+        440,
+        250,
         chart_id="information",
         y_range=(0.0, max([*(b for v in run.vals for b in charts.finite(v.information_L)), 0.01]) * 1.1),
         y_format=lambda v: f"{v:.2g}",
@@ -140,7 +152,9 @@ def _information(run: Run, data: Data) -> str:
     over_time = charts.line_chart(series, frame)
     return (
         f'<p class="lead">{escape(sentence)}</p><div class="grid2">'
-        + figure("Specialisation by layer", "At the last validation; taller means more specialised.", by_layer, css="panel")
+        + figure(
+            "Specialisation by layer", "At the last validation; taller means more specialised.", by_layer, css="panel"
+        )
         + figure("Specialisation over time", "One line per layer, coloured as above.", over_time, css="panel")
         + "</div>"
     )

@@ -5,16 +5,18 @@ A figure is a title, one sentence on how to read it, an accessible SVG and, wher
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from . import charts, text
-from .charts import PHONE_WIDTH, Frame, Series
-from .runs import MONITORS, Run
-from .text import big, escape
+from moesaic.report import charts, text
+from moesaic.report.charts import PANEL_WIDTH, PHONE_WIDTH, Frame, Series
+from moesaic.report.runs import MONITORS, Run
+from moesaic.report.text import big, escape
 
 WIDE = 960
 MAX_POINTS = 600
@@ -43,7 +45,7 @@ def both(draw: Callable[[int], str]) -> str:
 def keep(data: Data, frame: Frame, series: Sequence[Series], x: str, digits: int, unit: str = "") -> None:
     """Hand the numbers behind a line chart to the tooltip."""
     lines = [
-        {"n": s.name, "x": _short(s.x, 6), "y": _short(s.y, 5)} | ({} if s.layer is None else {"l": s.layer})
+        {"n": s.name, "x": _short(s.x, 9), "y": _short(s.y, 5)} | ({} if s.layer is None else {"l": s.layer})
         for s in series
     ]
     data["charts"][frame.chart_id] = {"xf": x, "digits": digits, "unit": unit, "lines": lines}
@@ -78,9 +80,10 @@ def loss_section(runs: dict[str, Run], data: Data) -> str:
             faint.append(Series(f"{css}, each step", *charts.thin(xs, raw.tolist(), MAX_POINTS), f"{css} faint"))
             lines.append(Series(f"{css}, training", *_stride(xs, soft, MAX_POINTS // 2), css))
             at = [v.tokens if key == "tokens" else v.time_s for v in run.vals]
-            known = [(x, v.loss) for x, v in zip(at, run.vals) if x is not None]
+            known = [(x, v.loss) for x, v in zip(at, run.vals, strict=True) if x is not None]
             if known:
-                dots.append(Series(f"{css}, validation", *map(list, zip(*known)), f"{css} val", dots=True))
+                x_known, y_known = [x for x, _ in known], [y for _, y in known]
+                dots.append(Series(f"{css}, validation", x_known, y_known, f"{css} val", dots=True))
         caps += [v for s in dots for v in charts.finite(s.y)]
         y_range = charts.padded(caps)
         clipped = clipped or any(v > y_range[1] for s in faint for v in charts.finite(s.y))
@@ -96,7 +99,7 @@ def loss_section(runs: dict[str, Run], data: Data) -> str:
         )
         keep(data, frame, lines + dots, key, 3)
         series = faint + lines + dots
-        drawn = both(lambda w, f=frame, s=series: charts.line_chart(s, sized(f, w, 400 if w == WIDE else 300)))
+        drawn = "".join(charts.line_chart(series, sized(frame, *size)) for size in ((WIDE, 400), (PHONE_WIDTH, 300)))
         checked = " checked" if key == "tokens" else ""
         tabs += f'<input type="radio" name="lossx" id="lossx-{key}"{checked}><label for="lossx-{key}">{label}</label>'
         bodies += f'<div class="tab tab-{key}">{drawn}</div>'
@@ -105,7 +108,9 @@ def loss_section(runs: dict[str, Run], data: Data) -> str:
     )
     legend += '<span class="key"><i class="swatch ink"></i>training, smoothed</span>'
     legend += '<span class="key"><i class="swatch faintkey"></i>each step</span>'
-    legend += '<span class="key"><i class="swatch ring"></i>validation</span>' if any(r.vals for r in runs.values()) else ""
+    legend += (
+        '<span class="key"><i class="swatch ring"></i>validation</span>' if any(r.vals for r in runs.values()) else ""
+    )
     steps = max(len(run.loss) for run in runs.values())
     note = f"The faint lines show the extremes of each stretch of {text.plural(steps, 'step')}. " * (steps > MAX_POINTS)
     note += "The highest losses of the first steps lie above the frame." if clipped else ""
@@ -124,7 +129,7 @@ def sized(frame: Frame, width: int, height: int) -> Frame:
 
 
 def _stride(x: Sequence[float], y: np.ndarray, points: int) -> tuple[list[float], list[float | None]]:
-    index = np.unique(np.linspace(0, len(x) - 1, min(points, len(x))).astype(int)) if len(x) else []
+    index = sorted(set(np.linspace(0, len(x) - 1, min(points, len(x))).astype(int).tolist())) if len(x) else []
     return [x[i] for i in index], [float(y[i]) for i in index]
 
 
@@ -151,9 +156,11 @@ def load_section(run: Run, data: Data) -> str:
     starts = run.starts
     final_X = run.final_load()
     rows = []
-    for start, stop in zip(starts, starts[1:]):
+    for start, stop in itertools.pairwise(starts):
         load_E = final_X[start:stop]
-        rows.append(charts.encode(load_E / load_E.sum() * len(load_E) if load_E.sum() else np.full(len(load_E), np.nan)))
+        rows.append(
+            charts.encode(load_E / load_E.sum() * len(load_E) if load_E.sum() else np.full(len(load_E), np.nan))
+        )
     widest = max(run.num_experts)
     rows = [row + "." * (widest - len(row)) for row in rows]
     data["overview"] = rows
@@ -166,16 +173,18 @@ def load_section(run: Run, data: Data) -> str:
         )
     )
     tokens = [window.tokens for window in run.windows]
-    layers = []
-    for layer, (start, stop) in enumerate(zip(starts, starts[1:])):
+    layers: list[Data] = []
+    for layer, (start, stop) in enumerate(itertools.pairwise(starts)):
         load_WE = np.stack([window.load_X[start:stop] for window in run.windows]).astype(float)
         total_W1 = load_WE.sum(1, keepdims=True)
         ratio_WE = np.where(total_W1 > 0, load_WE / np.maximum(total_W1, 1) * (stop - start), np.nan)
         layers.append({"n": run_layer(run, layer), "e": stop - start, "s": charts.encode(ratio_WE.T)})
-    data["load"] = {"x": _short(tokens, 5), "layers": layers}
+    data["load"] = {"x": _short(tokens, 9), "layers": layers}
     first = layers[0]
     count, columns = run.num_experts[0], len(tokens)
-    time_frame = Frame("Load of each expert of the selected layer over time", "training tokens", "expert", chart_id="load")
+    time_frame = Frame(
+        "Load of each expert of the selected layer over time", "training tokens", "expert", chart_id="load"
+    )
     first_rows = [first["s"][e * columns : (e + 1) * columns] for e in range(count)]
     height = 72 + max(40, min(384, widest * 16))
     over_time = both(
@@ -187,8 +196,10 @@ def load_section(run: Run, data: Data) -> str:
             kind="load",
         )
     )
-    share = "1/E" if len(set(run.num_experts)) > 1 else f"1/{widest} ({1 / widest:.1%})"
-    reading = f"Pale cells get their fair share, {share} of the layer's assignments; blue ones less, orange ones more. "
+    share = "1/E" if len(set(run.num_experts)) > 1 else f"1/{widest} ({100 / widest:.3g}%)"
+    reading = (
+        f"Neutral cells get their fair share, {share} of the layer's assignments; blue ones less, orange ones more. "
+    )
     step_note = ""
     if run.window_steps > 1:
         step_note = f"Each column adds up {text.plural(run.window_steps, 'logged step')}, to keep the page small."
@@ -198,7 +209,7 @@ def load_section(run: Run, data: Data) -> str:
         + figure("Final load, all layers", reading + "A row with one hot cell is a collapse.", overview, tenth)
         + figure(
             "Load over time",
-            "One row per expert: a row that stays blue is starved, a row that turns black is dead.",
+            "One row per expert: a row that stays blue is starved; one that ends in the no-token colour is dead.",
             layer_name(run) + over_time,
             step_note,
         )
@@ -222,33 +233,53 @@ def _window_ticks(tokens: list[float], count: int) -> list[tuple[float, str]]:
     return [(float(np.interp(tick, ends, range(len(ends)))), big(tick)) for tick in ticks]
 
 
+PANELS = (
+    ("max_vio", "MaxVio", "busiest ÷ mean load − 1", 2, "", "0 is balance; 1 means the busiest expert gets twice the mean."),
+    ("effective", "Effective experts", "experts", 1, "", "How many equally busy experts would spread the load as much."),
+    ("dead", "Dead experts", "experts without a token", 1, "", "Got nothing in a step. A lasting count is wasted memory."),
+    ("entropy", "Router entropy", "nats", 2, " nats", "Near ln E the router cannot tell experts apart; near 0 it is sure."),
+    ("margin", "Margin", "best − second probability", 3, "", "A small margin is a choice that tiny changes can flip."),
+    ("drop_rate", "Drop rate", "% of assignments", 2, "%", "Assignments refused because the expert was full."),
+)  # fmt: skip
+
+
+def _effective_experts(run: Run) -> np.ndarray:
+    """exp(entropy of load) per window and layer; NaN where a layer logged no load."""
+    out_WL = np.full((len(run.windows), len(run.layers)), np.nan)
+    for w, window in enumerate(run.windows):
+        for layer, (start, stop) in enumerate(pairwise(run.starts)):
+            load_E = window.load_X[start:stop]
+            share_E = load_E[load_E > 0] / max(1, load_E.sum())
+            if len(share_E):
+                out_WL[w, layer] = np.exp(-(share_E * np.log(share_E)).sum())
+    return out_WL
+
+
 def panel_section(run: Run, data: Data) -> str:
     """Small multiples: one panel per monitor, one line per layer, coloured from first layer to last."""
-    log_e = sorted({math.log(count) for count in run.num_experts})
-    refs = ((log_e[-1], "ln E: undecided"),) if log_e[-1] > 0 else ()
-    panels = (
-        ("max_vio", "MaxVio", "busiest ÷ mean load − 1", 2, 1.0, "", "0 is perfect balance; 1 means the busiest expert gets twice the mean."),
-        ("entropy", "Router entropy", "nats", 2, 1.0, " nats", "Near ln E the router cannot tell experts apart; near 0 it is certain."),
-        ("margin", "Margin", "best − second probability", 3, 1.0, "", "Small margins mean choices that tiny changes can flip."),
-        ("dead", "Dead experts", "experts without a token", 1, 1.0, "", "Experts that got nothing in a step; a lasting count is wasted memory."),
-        ("drop_rate", "Drop rate", "% of assignments", 2, 100.0, "%", "Assignments refused because the expert was full."),
-    )  # fmt: skip
+    most = max(run.num_experts)
+    refs = {"entropy": ((math.log(most), f"ln {most}: undecided"),), "effective": ((most, f"all {most}"),)}
     tokens = [window.tokens for window in run.windows]
     mean_WML = np.stack([window.mean_ML for window in run.windows])
+    value = {name: mean_WML[:, i] for i, name in enumerate(MONITORS)}
+    value["drop_rate"] = value["drop_rate"] * 100
+    value["effective"] = _effective_experts(run)
     out = []
-    for name, title, y_label, digits, factor, unit, reading in panels:
-        value_WL = mean_WML[:, MONITORS.index(name)] * factor
+    for name, title, y_label, digits, unit, reading in PANELS:
+        value_WL = value[name]
         series = [layer_line(run, i, tokens, value_WL[:, i].tolist()) for i in range(len(run.layers))]
         values = charts.finite(value_WL.reshape(-1).tolist()) or [0.0]
-        high = max([*values, *(v for v, _ in refs if name == "entropy")])
+        high = max([*values, *(v for v, _ in refs.get(name, ()))])
         flat = {"dead": 1.0, "drop_rate": 1.0}.get(name, 0.1)
         frame = Frame(
             title,
             "training tokens",
             y_label,
+            PANEL_WIDTH,
+            230,
             chart_id=name,
             y_range=(min(0.0, min(values)), max(high, flat) * 1.1),
-            refs=refs if name == "entropy" else (),
+            refs=refs.get(name, ()),
             y_format=lambda v: f"{v:.3g}",
         )
         keep(data, frame, series, "tokens", digits, unit)

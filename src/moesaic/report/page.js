@@ -48,8 +48,13 @@
         if (css) paths[css] = (paths[css] || "") + `M${start} ${y}h${stop - start}v1H${start}z`;
       }
     });
-    svg.replaceChildren(...Object.entries(paths).map(([css, d]) => make("path", { class: css, d })));
-    svg.setAttribute("viewBox", `0 0 ${rows[0].length} ${rows.length}`);
+    const columns = rows[0].length;
+    let mesh = "";
+    if (columns <= 40) for (let x = 1; x < columns; x++) mesh += `M${x} 0v${rows.length}`;
+    if (rows.length <= 40) for (let y = 1; y < rows.length; y++) mesh += `M0 ${y}h${columns}`;
+    const nodes = Object.entries(paths).map(([css, d]) => make("path", { class: css, d }));
+    svg.replaceChildren(...nodes, make("path", { class: "mesh", d: mesh }));
+    svg.setAttribute("viewBox", `0 0 ${columns} ${rows.length}`);
   };
   const cut = (string, width) => string.match(new RegExp(`.{${width}}`, "g")) || [];
   const expertTicks = (chart, group, count, room, vertical) => {

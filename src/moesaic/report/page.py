@@ -14,18 +14,18 @@ import hashlib
 import json
 import os
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, disk_errors
-from . import charts, text
-from .domains import domain_loss, domain_section
-from .figures import Data, load_section, loss_section, panel_section, run_layer, section
-from .runs import Run, read_run
-from .text import big, escape
+from moesaic.errors import DataError, disk_errors
+from moesaic.report import charts, text
+from moesaic.report.domains import domain_loss, domain_section
+from moesaic.report.figures import Data, load_section, loss_section, panel_section, run_layer, section
+from moesaic.report.runs import Run, read_run
+from moesaic.report.text import big, escape
 
 SAMPLE_CHARACTERS = 1500
-_PAPER_NAMES = {"overview": "Balance", "loss": "Loss"}
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
@@ -89,7 +89,9 @@ def render(runs: dict[str, Run], summary: dict[str, Any], title: str) -> str:
         lead = "The vital signs of the routers, per layer. Pick a layer above to single it out."
         parts.append(("routers", "Routers", section("routers", "Router health", lead, panel_section(sparse, data))))
     if sparse and sparse.domain_load:
-        parts.append(("experts", "Experts", section("experts", "Domains and experts", "", domain_section(sparse, data))))
+        parts.append(
+            ("experts", "Experts", section("experts", "Domains and experts", "", domain_section(sparse, data)))
+        )
     by_domain = domain_loss(runs)
     if by_domain:
         parts.append(("domains", "Domains", section("domains", "Loss by domain", "", by_domain)))
@@ -111,7 +113,7 @@ def render(runs: dict[str, Run], summary: dict[str, Any], title: str) -> str:
         f'<div class="bar"><div class="inner"><b class="brand">moesaic</b><nav aria-label="Sections">{nav}</nav>'
         f'{layer_picker(sparse)}<button id="theme" type="button" aria-label="Colour theme: automatic">Theme: auto</button>'
         f"</div></div><main>{hero(runs, summary, name)}{''.join(html for _, _, html in parts)}</main>"
-        f'<footer><p>Written by moesaic from {escape(", ".join(f"{r.folder.name}/metrics.jsonl" for r in runs.values()))}. '
+        f"<footer><p>Written by moesaic from {escape(', '.join(f'{r.folder.name}/metrics.jsonl' for r in runs.values()))}. "
         "This page loads nothing from the network.</p></footer>"
         '<div id="tip" role="status" hidden></div>'
         f'<script type="application/json" id="data">{script_json(data)}</script><script>{script}</script></body></html>\n'
@@ -135,7 +137,9 @@ def layer_picker(run: Run | None) -> str:
         f'<option value="{i}">Layer {run_layer(run, i)} · {text.plural(count, "expert")}</option>'
         for i, count in enumerate(run.num_experts)
     )
-    return f'<label class="pick">Show <select id="layer" aria-label="Layer shown">{options}</select></label>'
+    return (
+        f'<label class="pick"><span>Show </span><select id="layer" aria-label="Layer shown">{options}</select></label>'
+    )
 
 
 def hero(runs: dict[str, Run], summary: dict[str, Any], name: str) -> str:
@@ -146,10 +150,14 @@ def hero(runs: dict[str, Run], summary: dict[str, Any], name: str) -> str:
         headline, details = verdict.headline, list(verdict.details)
     else:
         headline = text.single_headline(single)
-        details = [f"The run is {text.status(single)}."] if single.end_reason is None else []
-        details += [f"The run {text.status(single)}."] if single.end_reason not in (None, "done") else []
-        missing = len(runs) == 2 or (single.folder.name in ("sparse", "dense") and name != escape(single.name))
-        details += ["There is no dense twin to compare with here."] if not missing and single.layers else []
+        details = []
+        if len(runs) == 2:
+            details.append("There is no verdict yet: one of the two runs has logged no loss.")
+        elif single.layers:
+            details.append("There is no dense twin to compare with here.")
+        details += [
+            f"Status of {run.folder.name}: {text.status(run)}." for run in runs.values() if run.end_reason != "done"
+        ]
     details += [
         f"The last line of {run.folder.name}/metrics.jsonl was cut short and is left out."
         for run in runs.values()
@@ -161,7 +169,7 @@ def hero(runs: dict[str, Run], summary: dict[str, Any], name: str) -> str:
         for i, (label, value, below) in enumerate(_tiles(runs, verdict))
     )
     said = summary.get("verdict")
-    quote = f'<p class="said">The run itself noted: <q>{escape(text.shorten(said, 600))}</q></p>' if said else ""
+    quote = f'<p class="said">summary.json says: <q>{escape(text.shorten(said, 600))}</q></p>' if said else ""
     points = "".join(f"<li>{escape(sentence)}</li>" for sentence in details)
     return (
         f'<header class="hero {verdict.winner if verdict else ""}"><p class="eyebrow">Training report</p><h1>{name}</h1>'
@@ -181,10 +189,14 @@ def _tiles(runs: dict[str, Run], verdict: text.Verdict | None) -> list[tuple[str
         ahead, behind = ("sparse", "dense") if verdict.gap <= 0 else ("dense", "sparse")
         ratio, clock, cost = verdict.token_ratio, verdict.time_ratio, verdict.cost_ratio
         shown = text.times(ratio) if ratio else "–"
-        tiles.append(("Steps ratio", shown, f"tokens {behind} needs for the loss {ahead} reached" if ratio else "no clear lead"))
+        tiles.append(
+            ("Steps ratio", shown, f"{behind} ÷ {ahead}: tokens to the same loss" if ratio else "no clear lead")
+        )
         shown = text.times(clock) if clock else "–"
-        tiles.append(("Wall-clock ratio", shown, f"time {behind} took to that loss, against {ahead}" if clock else "no clear lead"))
-        tiles.append(("Time per token", text.times(cost) if cost else "–", "sparse run against dense run"))
+        tiles.append(
+            ("Wall-clock ratio", shown, f"{behind} ÷ {ahead}: time to the same loss" if clock else "no clear lead")
+        )
+        tiles.append(("Time per token", text.times(cost) if cost else "–", "sparse ÷ dense"))
     else:
         val, train = text.validation_curve(first), text.training_curve(first)
         if val:
@@ -210,7 +222,7 @@ def _balance_tiles(run: Run) -> list[tuple[str, str, str]]:
     last = run.windows[-1].mean_ML
     worst = charts.finite(last[0].tolist())
     unused, final_X = 0, run.final_load()
-    for start, stop in zip(run.starts, run.starts[1:]):
+    for start, stop in pairwise(run.starts):
         unused += int((final_X[start:stop] == 0).sum())
     tiles = []
     if worst:
@@ -222,8 +234,9 @@ def _balance_tiles(run: Run) -> list[tuple[str, str, str]]:
 
 def sample_section(runs: dict[str, Run]) -> str:
     """What the models wrote, as text: nothing in it is ever markup."""
-    cards = ""
+    columns = ""
     for css, run in runs.items():
+        cards = ""
         for sample in reversed(run.samples):
             prompt, written = str(sample.get("prompt") or ""), str(sample.get("text") or "")
             body = written.removeprefix(prompt)
@@ -235,21 +248,26 @@ def sample_section(runs: dict[str, Run]) -> str:
                 f"<pre><b>{escape(text.shorten(prompt, SAMPLE_CHARACTERS))}</b>{escape(body[:SAMPLE_CHARACTERS])}{more}</pre>"
                 "</article>"
             )
-    if not cards:
+        columns += f"<div>{cards}</div>" if cards else ""
+    if not columns:
         return ""
     lead = "The prompt is in bold, what follows was written by the model. Newest first."
-    return section("samples", "Sample text", lead, f'<div class="samples">{cards}</div>')
+    return section("samples", "Sample text", lead, f'<div class="samples">{columns}</div>')
 
 
 def config_section(runs: dict[str, Run], summary: dict[str, Any]) -> str:
     """Every setting of each run, side by side; rows that differ are marked."""
     tables = {css: dict(_flat(run.config)) for css, run in runs.items()}
     for css, run in runs.items():
-        facts = {"parameters, total": run.params_total, "parameters, active": run.params_active, "status": text.status(run)}
+        facts = {
+            "parameters, total": run.params_total,
+            "parameters, active": run.params_active,
+            "status": text.status(run),
+        }
         tables[css] = {**{key: str(value) for key, value in facts.items() if value is not None}, **tables[css]}
-    said = summary.get("runs")
-    for css in tables if isinstance(said, dict) else ():
-        tables[css] |= {f"summary.{key}": value for key, value in _flat(said.get(css) or {})}
+    said = summary.get("runs") if isinstance(summary.get("runs"), dict) else {}
+    for css in tables:
+        tables[css] |= {f"summary.{key}": value for key, value in _flat((said or {}).get(css) or {})}
     keys = list(dict.fromkeys(key for table in tables.values() for key in table))
     rows = ""
     for key in keys:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DataError, MoesaicError
+from moesaic.errors import DataError, MoesaicError
 
 MONITORS = ("max_vio", "entropy", "margin", "dead", "drop_rate")
 CELL_BUDGET = 480_000  # load numbers kept for the page: windows x layers x experts
@@ -269,7 +269,7 @@ def _add_window(run: Run, record: Record) -> None:
     rows = record.get("load") or [None] * num_layers
     if len(rows) != num_layers:
         raise ValueError(f"load has {len(rows)} layers, the run has {num_layers}")
-    for layer, (row, start, count) in enumerate(zip(rows, run.starts, run.num_experts)):
+    for layer, (row, start, count) in enumerate(zip(rows, run.starts[:-1], run.num_experts, strict=True)):
         if row is not None:
             if len(row) != count:
                 raise ValueError(f"MoE layer {layer} has {len(row)} loads, the run has {count} experts there")

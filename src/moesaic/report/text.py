@@ -11,7 +11,7 @@ import re
 from bisect import bisect_right
 from dataclasses import dataclass
 
-from .runs import Run
+from moesaic.report.runs import Run
 
 TIE_NATS = 0.01  # a gap this small is within what another seed does to a small run
 
@@ -123,7 +123,7 @@ def validation_curve(run: Run) -> Curve | None:
 
 def training_curve(run: Run) -> Curve | None:
     """Training loss as a running mean over the last twentieth of the steps seen so far."""
-    points = [(n, x, t) for n, x, t in zip(run.tokens, run.loss, run.time_s) if not math.isnan(x)]
+    points = [(n, x, t) for n, x, t in zip(run.tokens, run.loss, run.time_s, strict=True) if not math.isnan(x)]
     if not points:
         return None
     sums = [0.0]
@@ -208,7 +208,9 @@ def _active_sentence(sparse: Run, dense: Run) -> str:
     if not a or not b:
         return ""
     if abs(a / b - 1) <= 0.02:
-        return f"Both use about {big(a)} parameters per token; the sparse model holds {big(sparse.params_total)} in all."
+        return (
+            f"Both use about {big(a)} parameters per token; the sparse model holds {big(sparse.params_total)} in all."
+        )
     more = f"{abs(a / b - 1):.0%} {'more' if a > b else 'fewer'}"
     return f"Not an even match: the sparse model uses {more} parameters per token ({big(a)} against {big(b)})."
 
@@ -260,8 +262,12 @@ GLOSSARY = (
     ("Router entropy", "How spread out the router's probabilities are for one token, in nats; ln E means undecided."),
     ("Margin", "Probability of the best expert minus that of the second best; near 0, tiny changes flip the choice."),
     ("Dead experts", "Experts that received no token in a step; they cost memory and learn nothing."),
+    ("Effective experts", "exp(entropy of load): the number of equally busy experts that would be as evenly loaded."),
     ("Drop rate", "Share of assignments refused because the expert was over its capacity; 0 for dropless layers."),
-    ("Specialisation", "Mutual information between a token's domain and its expert, in bits; 0 means routing ignores it."),
+    (
+        "Specialisation",
+        "Mutual information between a token's domain and its expert, in bits; 0 means routing ignores it.",
+    ),
     ("Domain", "A named part of the data, such as code or prose; validation is measured on each separately."),
     ("Dense twin", "A model without experts, trained on the same tokens with about as many active parameters."),
     ("Tokens, steps", "A step is one weight update; tokens counts all the text read since the start."),
