@@ -21,10 +21,6 @@ Number = float | None
 PHONE_WIDTH = 400
 PANEL_WIDTH = 320
 
-# One character per heat-map cell: log2(load / fair share) in eighths, then "no token", then "not logged".
-ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_."
-_HALF, _DEAD, _GAP = 32, 65, 66
-
 
 @dataclass(frozen=True)
 class Series:
@@ -57,6 +53,7 @@ class Frame:
 
 
 def finite(values: Sequence[Number]) -> list[float]:
+    """The values that are numbers, in order."""
     return [v for v in values if v is not None and math.isfinite(v)]
 
 
@@ -99,7 +96,7 @@ def thin(x: Sequence[float], y: Sequence[Number], points: int) -> tuple[list[flo
         return list(x), list(y)
     keep: list[int] = []
     edges = np.linspace(0, len(x), points // 2 + 1).astype(int)
-    for start, stop in itertools.pairwise(edges):
+    for start, stop in pairwise(edges):
         known = [i for i in range(start, stop) if finite([y[i]])]
         keep += sorted({min(known, key=lambda i: y[i] or 0.0), max(known, key=lambda i: y[i] or 0.0)}) or [start]
     return [x[i] for i in keep], [y[i] for i in keep]
@@ -114,7 +111,7 @@ def path(xs: Sequence[float], ys: Sequence[Number]) -> str:
             parts += ["h0"] if run == 1 else []
             run = 0
             continue
-        parts.append(f"{'L' if run else 'M'}{_n(x)} {_n(y)}")
+        parts.append(f"{'L' if run else 'M'}{short(x)} {short(y)}")
         run += 1
     parts += ["h0"] if run == 1 else []
     return "".join(parts)
@@ -137,19 +134,19 @@ def line_chart(series: Sequence[Series], frame: Frame) -> str:
     def sy(y: float) -> float:
         return top + (y_high - y) / (y_high - y_low) * height
 
-    out = [_open(frame, (left, top, width, height), (x_low, x_high), (y_low, y_high))]
+    out = [open_chart(frame, (left, top, width, height), (x_low, x_high), (y_low, y_high))]
     out.append(f'<clipPath id="clip-{frame.chart_id}-{frame.width}"><rect x="{left - 4}" y="{top - 4}" ')
     out.append(f'width="{width + 8}" height="{height + 8}"/></clipPath>')
     for tick in nice_ticks(y_low, y_high, 4):
-        out.append(f'<path class="grid" d="M{left} {_n(sy(tick))}h{width}"/>')
-        out.append(f'<text class="tick" x="{left - 8}" y="{_n(sy(tick) + 4)}" text-anchor="end">')
+        out.append(f'<path class="grid" d="M{left} {short(sy(tick))}h{width}"/>')
+        out.append(f'<text class="tick" x="{left - 8}" y="{short(sy(tick) + 4)}" text-anchor="end">')
         out.append(f"{escape(frame.y_format(tick))}</text>")
     out.append(_x_axis(frame, sx, (x_low, x_high), left, top + height, width) if xs else "")
     out.append(f'<text class="axis" x="0" y="14">{escape(frame.y_label)}</text>')
     for value, label in frame.refs:
         if y_low <= value <= y_high:
-            out.append(f'<path class="ref" d="M{left} {_n(sy(value))}h{width}"/>')
-            out.append(f'<text class="reflabel" x="{left + width}" y="{_n(sy(value) - 5)}" text-anchor="end">')
+            out.append(f'<path class="ref" d="M{left} {short(sy(value))}h{width}"/>')
+            out.append(f'<text class="reflabel" x="{left + width}" y="{short(sy(value) - 5)}" text-anchor="end">')
             out.append(f"{escape(label)}</text>")
     if not xs:
         out.append(f'<text class="empty" x="{left + width / 2}" y="{top + height / 2}" text-anchor="middle">')
@@ -164,7 +161,7 @@ def line_chart(series: Sequence[Series], frame: Frame) -> str:
             out.append(f'<path class="line {s.css}"{tag}{style} d="{d}"/>')
         if s.dots:
             places = ((sx(x), y) for x, y in zip(s.x, points, strict=True) if y is not None)
-            out += [f'<circle class="dot {s.css}" cx="{_n(x)}" cy="{_n(y)}" r="3"/>' for x, y in places]
+            out += [f'<circle class="dot {s.css}" cx="{short(x)}" cy="{short(y)}" r="3"/>' for x, y in places]
     return "".join(out) + "</g></svg>"
 
 
@@ -174,26 +171,30 @@ def bar_chart(labels: Sequence[str], values: Sequence[Number], frame: Frame) -> 
     width, height = frame.width - left - right, frame.height - top - bottom
     high = max([*finite(values), *(v for v, _ in frame.refs), 1e-9]) * 1.12
     slot = width / max(1, len(values))
-    out = [_open(frame, (left, top, width, height), (0, len(values)), (0, high))]
+    out = [open_chart(frame, (left, top, width, height), (0, len(values)), (0, high))]
     for tick in nice_ticks(0, high, 4):
         y = top + height * (1 - tick / high)
-        out.append(f'<path class="grid" d="M{left} {_n(y)}h{width}"/>')
-        out.append(f'<text class="tick" x="{left - 8}" y="{_n(y + 4)}" text-anchor="end">{frame.y_format(tick)}</text>')
+        out.append(f'<path class="grid" d="M{left} {short(y)}h{width}"/>')
+        out.append(
+            f'<text class="tick" x="{left - 8}" y="{short(y + 4)}" text-anchor="end">{frame.y_format(tick)}</text>'
+        )
     every = max(1, math.ceil(len(values) * 26 / width))
     for i, (label, value) in enumerate(zip(labels, values, strict=True)):
         middle = left + slot * (i + 0.5)
         if finite([value]):
             bar = height * (value or 0.0) / high
-            out.append(f'<rect class="bar" data-l="{i}" x="{_n(middle - slot * 0.34)}" width="{_n(slot * 0.68)}" ')
-            out.append(f'y="{_n(top + height - bar)}" height="{_n(bar)}" rx="1.5"/>')
+            out.append(
+                f'<rect class="bar" data-l="{i}" x="{short(middle - slot * 0.34)}" width="{short(slot * 0.68)}" '
+            )
+            out.append(f'y="{short(top + height - bar)}" height="{short(bar)}" rx="1.5"/>')
             if slot >= 38:
-                out.append(f'<text class="value" x="{_n(middle)}" y="{_n(top + height - bar - 5)}" ')
+                out.append(f'<text class="value" x="{short(middle)}" y="{short(top + height - bar - 5)}" ')
                 out.append(f'text-anchor="middle">{escape(frame.x_format(value or 0.0))}</text>')
         if i % every == 0:
-            out.append(f'<text class="tick" x="{_n(middle)}" y="{top + height + 16}" text-anchor="middle">')
+            out.append(f'<text class="tick" x="{short(middle)}" y="{top + height + 16}" text-anchor="middle">')
             out.append(f"{escape(label)}</text>")
     out.append(f'<path class="base" d="M{left} {top + height}h{width}"/>')
-    out.append(_labels(frame, left + width))
+    out.append(axis_labels(frame, left + width))
     return "".join(out) + "</svg>"
 
 
@@ -205,14 +206,14 @@ def dot_rows(names: Sequence[str], columns: Sequence[tuple[str, Sequence[Number]
     values = [v for _, column in columns for v in finite(column)]
     low, high = padded(values)
     frame = Frame(**{**frame.__dict__, "height": top + height + 42})
-    out = [_open(frame, (left, top, width, height), (low, high), (0, len(names)))]
+    out = [open_chart(frame, (left, top, width, height), (low, high), (0, len(names)))]
 
     def sx(x: float) -> float:
         return left + (x - low) / (high - low) * width
 
     for tick in nice_ticks(low, high, max(2, int(width / 90))):
-        out.append(f'<path class="grid" d="M{_n(sx(tick))} {top}v{height}"/>')
-        out.append(f'<text class="tick" x="{_n(sx(tick))}" y="{top + height + 16}" text-anchor="middle">')
+        out.append(f'<path class="grid" d="M{short(sx(tick))} {top}v{height}"/>')
+        out.append(f'<text class="tick" x="{short(sx(tick))}" y="{top + height + 16}" text-anchor="middle">')
         out.append(f"{escape(frame.x_format(tick))}</text>")
     for i, name in enumerate(names):
         y = top + row * (i + 0.5)
@@ -220,126 +221,12 @@ def dot_rows(names: Sequence[str], columns: Sequence[tuple[str, Sequence[Number]
         out.append(f"{escape(shorten(name, int((left - 24) / 7.2) + 1))}</text>")
         here = finite([column[i] for _, column in columns])
         if len(here) > 1:
-            out.append(f'<path class="join" d="M{_n(sx(min(here)))} {y}H{_n(sx(max(here)))}"/>')
+            out.append(f'<path class="join" d="M{short(sx(min(here)))} {y}H{short(sx(max(here)))}"/>')
         for css, column in columns:
             value = column[i]
             if value is not None and math.isfinite(value):
-                out.append(f'<circle class="dot big {css}" cx="{_n(sx(value))}" cy="{y}" r="5.5"/>')
-    out.append(_labels(frame, left + width))
-    return "".join(out) + "</svg>"
-
-
-def encode(ratio: np.ndarray) -> str:
-    """Load over fair share, any shape (read row by row), one character a cell; NaN is a gap, 0 means no token."""
-    flat = np.asarray(ratio, dtype=float).reshape(-1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        eighths = np.clip(np.floor(np.log2(flat) * 8 + 0.5), -_HALF, _HALF)
-    codes = np.where(np.isnan(flat), _GAP, np.where(flat <= 0, _DEAD, np.nan_to_num(eighths) + _HALF))
-    return "".join(ALPHABET[int(code)] for code in codes)
-
-
-def cell_class(char: str) -> str | None:
-    """The colour class of a cell: h0 (a quarter of the fair share or less) .. h6 (fair) .. h12, "dead", or None."""
-    code = ALPHABET.index(char)
-    if code == _GAP:
-        return None
-    if code == _DEAD:
-        return "dead"
-    return f"h{max(0, min(12, math.floor((code - _HALF) * 3 / 8 + 0.5) + 6))}"
-
-
-def cells(rows: Sequence[str]) -> str:
-    """Rows of encoded cells as one path per colour in unit coordinates, equal neighbours joined."""
-    paths: dict[str, list[str]] = {}
-    for y, row in enumerate(rows):
-        start = 0
-        while start < len(row):
-            stop = start + 1
-            css = cell_class(row[start])
-            while stop < len(row) and cell_class(row[stop]) == css:
-                stop += 1
-            if css:
-                paths.setdefault(css, []).append(f"M{start} {y}h{stop - start}v1H{start}z")
-            start = stop
-    return "".join(f'<path class="{css}" d="{"".join(d)}"/>' for css, d in sorted(paths.items()))
-
-
-def mesh(columns: int, rows: int) -> str:
-    """Hairlines between the cells of a small grid (charts with very many cells are clearer without)."""
-    d = "".join(f"M{x} 0v{rows}" for x in range(1, columns)) if columns <= 40 else ""
-    d += "".join(f"M0 {y}h{columns}" for y in range(1, rows)) if rows <= 40 else ""
-    return f'<path class="mesh" d="{d}"/>' if d else ""
-
-
-def heat_map(
-    rows: Sequence[str],
-    frame: Frame,
-    x_ticks: Sequence[tuple[float, str]],
-    y_ticks: Sequence[tuple[float, str]],
-    *,
-    kind: str,
-    left: float = 48,
-) -> str:
-    """Encoded rows as a grid. Ticks are (cell position, label). ``kind`` tells the page's script what the cells are."""
-    right, top, bottom = 14, 30, 42
-    width, height = frame.width - left - right, frame.height - top - bottom
-    num_columns = max([len(row) for row in rows], default=1) or 1
-    box = (left, top, width, height)
-    out = [_open(frame, box, (0, num_columns), (0, len(rows)), kind)]
-    out.append('<g class="yt">')
-    for y, label in y_ticks:
-        short = shorten(label, max(4, int((left - 8) / 6.4)))
-        out.append(f'<text class="tick" x="{_n(left - 8)}" y="{_n(top + y / max(1, len(rows)) * height + 4)}" ')
-        out.append(f'text-anchor="end"><title>{escape(label)}</title>{escape(short)}</text>')
-    out.append('</g><g class="xt">')
-    for x, label in x_ticks:
-        place = left + x / num_columns * width
-        out.append(f'<text class="tick" x="{_n(place)}" y="{top + height + 16}" text-anchor="{_anchor(place, frame)}">')
-        out.append(f"{escape(label)}</text>")
-    out.append("</g>")
-    out.append(f'<rect class="gap" x="{_n(left)}" y="{top}" width="{_n(width)}" height="{_n(height)}"/>')
-    out.append(f'<svg class="cells" x="{_n(left)}" y="{top}" width="{_n(width)}" height="{_n(height)}" ')
-    out.append(f'viewBox="0 0 {num_columns} {max(1, len(rows))}" preserveAspectRatio="none">')
-    out.append(cells(rows) + mesh(num_columns, len(rows)) + "</svg>")
-    out.append(_labels(frame, left + width))
-    return "".join(out) + "</svg>"
-
-
-def stack_paths(shares_DE: Sequence[Sequence[int]]) -> list[str]:
-    """Shares in thousandths, one ``d`` per domain in coordinates E wide and 1000 high, stacked from the bottom."""
-    if not shares_DE:
-        return []
-    base = [1000] * len(shares_DE[0])
-    paths = []
-    for row in shares_DE:
-        d = ""
-        for e, share in enumerate(row):
-            if share > 0:
-                d += f"M{e}.08 {base[e]}h.84v{-share}h-.84z"
-                base[e] -= share
-        paths.append(d)
-    return paths
-
-
-def stacked_bars(shares_DE: Sequence[Sequence[int]], frame: Frame, x_ticks: Sequence[tuple[float, str]]) -> str:
-    """One full-height bar per expert, split by domain (thousandths); an expert without tokens has no bar."""
-    left, right, top, bottom = 48, 14, 30, 42
-    width, height = frame.width - left - right, frame.height - top - bottom
-    num_experts = len(shares_DE[0]) if shares_DE else 1
-    out = [_open(frame, (left, top, width, height), (0, num_experts), (0, 1000), "stack")]
-    for share in (0, 50, 100):
-        y = top + height * (1 - share / 100)
-        out.append(f'<path class="grid" d="M{left} {_n(y)}h{width}"/>')
-        out.append(f'<text class="tick" x="{left - 8}" y="{_n(y + 4)}" text-anchor="end">{share}%</text>')
-    out.append('<g class="xt">')
-    for x, label in x_ticks:
-        place = left + x / num_experts * width
-        out.append(f'<text class="tick" x="{_n(place)}" y="{top + height + 16}" text-anchor="middle">{label}</text>')
-    out.append("</g>")
-    out.append(f'<svg class="cells" x="{left}" y="{top}" width="{width}" height="{height}" ')
-    out.append(f'viewBox="0 0 {num_experts} 1000" preserveAspectRatio="none">')
-    out += [f'<path class="fill d{i}" d="{d}"/>' for i, d in enumerate(stack_paths(shares_DE))]
-    out.append("</svg>" + _labels(frame, left + width))
+                out.append(f'<circle class="dot big {css}" cx="{short(sx(value))}" cy="{y}" r="5.5"/>')
+    out.append(axis_labels(frame, left + width))
     return "".join(out) + "</svg>"
 
 
@@ -352,21 +239,24 @@ def depth_colour(position: float) -> str:
     return "#" + "".join(f"{c:02x}" for c in mix)
 
 
-def _n(value: float) -> str:
+def short(value: float) -> str:
+    """A coordinate with at most one decimal."""
     return f"{value:.1f}".removesuffix(".0")
 
 
-def _anchor(place: float, frame: Frame) -> str:
+def anchor(place: float, frame: Frame) -> str:
+    """Tick labels at the right edge end there; others are centred."""
     return "end" if place > frame.width - 24 else "middle"
 
 
-def _open(
+def open_chart(
     frame: Frame,
     box: tuple[float, float, float, float],
     x_range: tuple[float, float],
     y_range: tuple[float, float],
     kind: str = "",
 ) -> str:
+    """The opening tag: role, label, and the plot box and ranges the tooltips need. ``box`` is left, top, width, height."""
     size = "narrow" if frame.width <= PHONE_WIDTH else "wide"
     numbers = " ".join(f"{v:.6g}" for v in (*box, *x_range, *y_range))
     chart = f' data-chart="{escape(frame.chart_id)}"' if frame.chart_id else ""
@@ -378,10 +268,11 @@ def _open(
     )
 
 
-def _labels(frame: Frame, right: float) -> str:
+def axis_labels(frame: Frame, right: float) -> str:
+    """The names of both axes, clear of the ticks: top left and bottom right."""
     return (
         f'<text class="axis" x="0" y="14">{escape(frame.y_label)}</text>'
-        f'<text class="axis" x="{_n(right)}" y="{frame.height - 6}" text-anchor="end">{escape(frame.x_label)}</text>'
+        f'<text class="axis" x="{short(right)}" y="{frame.height - 6}" text-anchor="end">{escape(frame.x_label)}</text>'
     )
 
 
@@ -391,7 +282,7 @@ def _x_axis(
     ticks = (frame.x_ticks or nice_ticks)(*limits, max(3, int(width / 110)))
     out = [f'<path class="base" d="M{left} {y}h{width}"/>']
     for tick in ticks:
-        out.append(f'<text class="tick" x="{_n(sx(tick))}" y="{y + 16}" text-anchor="{_anchor(sx(tick), frame)}">')
+        out.append(f'<text class="tick" x="{short(sx(tick))}" y="{y + 16}" text-anchor="{anchor(sx(tick), frame)}">')
         out.append(f"{escape(frame.x_format(tick))}</text>")
     out.append(f'<text class="axis" x="{left + width}" y="{frame.height - 6}" text-anchor="end">')
     return "".join(out) + f"{escape(frame.x_label)}</text>"

@@ -9,22 +9,21 @@ import math
 
 import numpy as np
 
-from moesaic.report import charts, text
+from moesaic.report import charts, heat, text
 from moesaic.report.charts import Frame
 from moesaic.report.figures import (
     MAX_DOMAINS,
     WIDE,
     Data,
     both,
-    expert_ticks,
     figure,
     keep,
     layer_line,
     layer_name,
     run_layer,
-    scale_legend,
     sized,
 )
+from moesaic.report.layers import expert_ticks, scale_legend
 from moesaic.report.runs import Run
 from moesaic.report.text import escape
 
@@ -37,15 +36,15 @@ def domain_section(run: Run, data: Data) -> str:
         load_DE = np.stack([rows[index] for rows in loads]).astype(float)
         total_D1 = load_DE.sum(1, keepdims=True)
         share_DE = np.divide(load_DE, total_D1, out=np.full_like(load_DE, np.nan), where=total_D1 > 0)
-        layers.append({"h": charts.encode(share_DE * count), "p": thousandths(np.nan_to_num(share_DE))})
+        layers.append({"h": heat.encode(share_DE * count), "p": thousandths(np.nan_to_num(share_DE))})
     data["domain"] = {"names": [text.clean(name) for name in names], "layers": layers}
     count = run.num_experts[0]
     rows = [layers[0]["h"][d * count : (d + 1) * count] for d in range(len(names))]
     mix = layers[0]["p"]
     frame = Frame("Experts chosen by each domain, selected layer", "expert", "domain", chart_id="domain")
     left = min(170, 30 + 7 * max(len(name) for name in names))
-    heat = both(
-        lambda w: charts.heat_map(
+    domain_heat = both(
+        lambda w: heat.heat_map(
             rows,
             sized(frame, w, 72 + 34 * len(names)),
             expert_ticks(count, 32 if w == WIDE else 8),
@@ -58,7 +57,7 @@ def domain_section(run: Run, data: Data) -> str:
         "Domains served by each expert, selected layer", "expert", "share of its tokens", chart_id="stack"
     )
     stack = both(
-        lambda w: charts.stacked_bars(mix, sized(stack_frame, w, 280), expert_ticks(count, 32 if w == WIDE else 10))
+        lambda w: heat.stacked_bars(mix, sized(stack_frame, w, 280), expert_ticks(count, 32 if w == WIDE else 10))
     )
     key = "".join(f'<span class="key"><i class="swatch d{i}"></i>{escape(n)}</span>' for i, n in enumerate(names))
     return (
@@ -66,7 +65,7 @@ def domain_section(run: Run, data: Data) -> str:
         + figure(
             "Which experts each domain uses",
             "Neutral: the domain sends this expert its fair share, 1/E of its tokens. Orange: a favourite. Blue: avoided.",
-            layer_name(run) + scale_legend() + heat,
+            layer_name(run) + scale_legend() + domain_heat,
         )
         + figure(
             "What each expert is used for",

@@ -21,7 +21,8 @@ from typing import Any
 from moesaic.errors import DataError, disk_errors
 from moesaic.report import charts, text
 from moesaic.report.domains import domain_loss, domain_section
-from moesaic.report.figures import Data, load_section, loss_section, panel_section, run_layer, section
+from moesaic.report.figures import Data, loss_section, run_layer, section
+from moesaic.report.layers import load_section, panel_section
 from moesaic.report.runs import Run, read_run
 from moesaic.report.text import big, escape
 
@@ -131,6 +132,7 @@ def _asset(name: str) -> str:
 
 
 def layer_picker(run: Run | None) -> str:
+    """The selector in the top bar; nothing for a run with fewer than two MoE layers."""
     if run is None or len(run.layers) < 2:
         return ""
     options = "".join(
@@ -292,5 +294,6 @@ def _flat(value: object, prefix: str = "") -> list[tuple[str, str]]:
 
 
 def glossary_section() -> str:
+    """Every term of the page in one line each."""
     terms = "".join(f"<div><dt>{escape(term)}</dt><dd>{escape(words)}</dd></div>" for term, words in text.GLOSSARY)
     return section("glossary", "Glossary", "", f'<dl class="glossary">{terms}</dl>')

@@ -47,6 +47,7 @@ def signed(value: float) -> str:
 
 
 def times(ratio: float) -> str:
+    """``1.57×``, ``12×``."""
     return f"{ratio:.2f}×" if ratio < 10 else f"{ratio:.0f}×"
 
 
@@ -75,6 +76,7 @@ def duration(seconds: float | None) -> str:
 
 
 def plural(count: float, word: str) -> str:
+    """``1 step``, ``1,200 steps``."""
     return f"{count:,.0f} {word}" + ("" if count == 1 else "s")
 
 
@@ -113,6 +115,7 @@ def _interpolate(xs: list[float], ys: list[float], x: float) -> float:
 
 
 def validation_curve(run: Run) -> Curve | None:
+    """The validation losses of a run; None if there are none."""
     points = [(v.tokens, v.loss, v.time_s) for v in run.vals if v.loss is not None]
     if not points:
         return None
