@@ -177,6 +177,18 @@ def test_a_corpus_is_tokenised_once_until_something_changes(tmp_path: Path) -> N
     assert len(built) == 6
 
 
+def test_what_a_killed_build_left_is_ignored_and_a_truncated_store_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("the cat sat on the mat")
+    folder = cached_tokens(tmp_path / "a.txt", TOKENIZER, tmp_path / "cache").folder
+    folder.rename(folder.with_name(folder.name + ".incomplete-1"))  # as a kill before the final rename leaves it
+    (folder.with_name(folder.name + ".incomplete-1") / "tokens.bin").write_bytes(b"")
+    cache = cached_tokens(tmp_path / "a.txt", TOKENIZER, tmp_path / "cache")
+    assert decoded(cache, 0) == "the cat sat on the mat"
+    (folder / "tokens.bin").write_bytes((folder / "tokens.bin").read_bytes()[:-2])
+    with pytest.raises(DataError, match=r"tokens\.bin has .* truncated\. Delete the folder"):
+        cached_tokens(tmp_path / "a.txt", TOKENIZER, tmp_path / "cache")
+
+
 def test_what_was_skipped_is_remembered(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{broken\n{"text": "y"}\n')
     for _ in range(2):
