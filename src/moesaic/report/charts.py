@@ -8,10 +8,10 @@ The page's stylesheet (page.css) gives the classes their colours in both themes.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
