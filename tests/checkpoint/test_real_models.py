@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from moesaic.checkpoint.native import load_config, load_model, read_header, save_model
+from moesaic.errors import MoesaicError
 from moesaic.models.build import build_model
 from moesaic.models.config import ModelConfig, MoEConfig, RouterConfig
 from moesaic.routing import ROUTERS
@@ -66,6 +69,35 @@ def test_bf16_on_loading_is_what_to_bf16_gives(tmp_path: Path, name: str) -> Non
     routers = {n: info.dtype for n, info in read_header(tmp_path / "half").items() if ".router." in n}
     assert set(routers.values()) <= {torch.float32, torch.int64}
     assert bool(routers) or CONFIGS[name].moe is None or not list(model.blocks[-1].ffn.router.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("dim", 2**40, "impossible sizes"),
+        ("vocab_size", 2**80, "impossible sizes"),
+        ("num_layers", 10**12, "num_layers=1000000000000 is impossible"),
+        ("num_layers", 9999, "too few for the 9999 layers"),
+        ("moe.num_experts", 10**6, "wrong shape"),
+        ("moe.k", 99, "k=99 is more than the 4 experts"),
+        ("moe.k", -1, "at least 1, not -1"),
+        ("moe.router.options", {"auto_map": "x.py"}, 'no option "auto_map"'),
+        ("norm_eps", float("nan"), "finite number"),
+    ],
+)
+def test_an_impossible_config_is_refused_before_memory_is_taken(
+    tmp_path: Path, key: str, value: Any, message: str
+) -> None:
+    save_model(build_model(CONFIGS["topk"], seed=3), tmp_path / "m")
+    data = json.loads((tmp_path / "m" / "config.json").read_text())
+    *parents, last = f"model.{key}".split(".")
+    table = data
+    for parent in parents:
+        table = table[parent]
+    table[last] = value
+    (tmp_path / "m" / "config.json").write_text(json.dumps(data))
+    with pytest.raises(MoesaicError, match=message):
+        load_model(tmp_path / "m", verify=False)
 
 
 @pytest.mark.parametrize("name", ["dense", "uneven"])

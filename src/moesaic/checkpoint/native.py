@@ -38,6 +38,7 @@ from moesaic.models.decoder import Decoder
 
 FORMAT = "moesaic"
 VERSION = 1
+MAX_LAYERS = 10_000
 C = TypeVar("C")
 _RESERVED = ("config.json", "tokenizer.json", MANIFEST)
 
@@ -118,7 +119,11 @@ def _read_config(folder: Path, kind: type[C]) -> C:
     unknown = sorted(set(data) - {"format", "version", "model"})
     if unknown:
         raise CheckpointError(f"{path} holds the unknown key {show(unknown[0])}; refused.")
-    return from_dict(kind, data.get("model"), f"{path}: model")
+    sizes = data.get("model")
+    layers = sizes.get("num_layers", 0) if isinstance(sizes, dict) else 0
+    if isinstance(layers, int) and layers > MAX_LAYERS:  # a config lists its layers already when it is made
+        raise CheckpointError(f"{path}: model.num_layers={layers} is impossible; at most {MAX_LAYERS} layers are read.")
+    return from_dict(kind, sizes, f"{path}: model")
 
 
 def load_model(
@@ -137,13 +142,19 @@ def load_model(
     folder = settle(folder)
     config = load_config(folder)
     infos = _checked_tensors(folder, verify)
-    if config.num_layers > len(infos):  # before building a billion empty layers
+    if config.num_layers > len(infos):  # before building thousands of empty layers
         raise CheckpointError(
             f"{folder} has {len(infos)} tensors, too few for the {config.num_layers} layers of its config."
         )
     # Built without memory: the modules only say which tensors exist, of what shape, tied to which. The seed keeps what
     # initialisation draws away from the caller's random state.
-    model = build_model(config, seed=0, device="meta")
+    try:
+        model = build_model(config, seed=0, device="meta")
+    except (RuntimeError, TypeError) as error:
+        if "overflow" not in str(error).lower():
+            raise
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{folder / 'config.json'} asks for impossible sizes: {reason}.") from error
     groups = _match(model, infos, folder)
     dtypes = _target_dtypes(model, infos, dtype)
     modules = model.state_dict(keep_vars=True)
