@@ -16,7 +16,7 @@ import pytest
 
 from moesaic.errors import DataError, MoesaicError
 from moesaic.report import write_report
-from moesaic.report.charts import thin
+from moesaic.report.charts import band
 from tests.report.synthetic_runs import dense_records, sparse_records, write_comparison, write_run
 
 VOID = {"meta", "input", "br", "hr", "img", "link", "path", "rect", "circle"}
@@ -312,12 +312,13 @@ def test_long_run_is_thinned_but_keeps_its_extremes(tmp_path: Path) -> None:
     spike["lm_loss"] = 4.875
     source = write_report(write_run(tmp_path / "run", records)).read_text()
     page = Page(source)
-    assert "extremes of each stretch of 3,000 steps" in page.text
-    x, y = thin(list(range(3000)), [r["lm_loss"] for r in records if r["kind"] == "step"], 600)
-    assert 500 <= len(x) == len(y) <= 600
-    assert 1500 in x
-    assert max(v for v in y[100:] if v is not None) == 4.875
+    assert "lowest and highest of about 15 steps at each point" in page.text
+    losses = [r["lm_loss"] for r in records if r["kind"] == "step"]
+    x, low, high = band(list(range(3000)), losses, 200)
+    assert len(x) == len(low) == len(high) == 200
+    assert x[100] == 1507
+    assert high[100] == 4.875 == max(losses[1500:1515])
+    assert low[100] == min(losses[1500:1515])
     assert len(page.data["charts"]["loss-tokens"]["lines"][0]["x"]) <= 300
-    faint = re.findall(r'class="line dense faint" d="([^"]+)"', source)
-    assert len(faint) == 4
-    assert all(d.count("L") <= 600 for d in faint)
+    areas = re.findall(r'class="area dense" d="([^"]+)"', source)
+    assert [d.count("L") for d in areas] == [399] * 4

@@ -24,7 +24,10 @@ PANEL_WIDTH = 320
 
 @dataclass(frozen=True)
 class Series:
-    """A named line. ``css`` picks colour and stroke; ``layer`` marks lines that follow the layer selector."""
+    """A named line. ``css`` picks colour and stroke; ``layer`` marks lines that follow the layer selector.
+
+    With ``low`` it is an area from ``low`` up to ``y`` instead; with ``dots`` every point is marked.
+    """
 
     name: str
     x: Sequence[float]
@@ -33,6 +36,7 @@ class Series:
     layer: int | None = None
     colour: str | None = None
     dots: bool = False
+    low: Sequence[Number] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,16 +94,18 @@ def padded(values: list[float], floor: float | None = None) -> tuple[float, floa
     return (bottom, high + air)
 
 
-def thin(x: Sequence[float], y: Sequence[Number], points: int) -> tuple[list[float], list[Number]]:
-    """At most ``points`` points: the lowest and the highest of each stretch, in order, so that spikes survive."""
-    if len(x) <= points:
-        return list(x), list(y)
-    keep: list[int] = []
-    edges = np.linspace(0, len(x), points // 2 + 1).astype(int)
+def band(x: Sequence[float], y: Sequence[Number], stretches: int) -> tuple[list[float], list[Number], list[Number]]:
+    """The middle, lowest and highest value of each of ``stretches`` equal stretches, so that no spike is lost."""
+    edges = np.linspace(0, len(x), stretches + 1).astype(int).tolist()
+    middle: list[float] = []
+    low: list[Number] = []
+    high: list[Number] = []
     for start, stop in pairwise(edges):
-        known = [i for i in range(start, stop) if finite([y[i]])]
-        keep += sorted({min(known, key=lambda i: y[i] or 0.0), max(known, key=lambda i: y[i] or 0.0)}) or [start]
-    return [x[i] for i in keep], [y[i] for i in keep]
+        known = finite(y[start:stop])
+        middle.append(x[(start + stop) // 2])
+        low.append(min(known, default=None))
+        high.append(max(known, default=None))
+    return middle, low, high
 
 
 def path(xs: Sequence[float], ys: Sequence[Number]) -> str:
@@ -156,12 +162,24 @@ def line_chart(series: Sequence[Series], frame: Frame) -> str:
         style = f' style="stroke:{s.colour}"' if s.colour else ""
         tag = f' data-l="{s.layer}"' if s.layer is not None else ""
         points = [None if y is None or not math.isfinite(y) else sy(y) for y in s.y]
+        if s.low is not None:
+            rim = [
+                (sx(x), y, sy(low))
+                for x, y, low in zip(s.x, points, s.low, strict=True)
+                if y is not None and low is not None
+            ]
+            there = path([x for x, _, _ in rim], [y for _, y, _ in rim])
+            back = path([x for x, _, _ in reversed(rim)], [low for _, _, low in reversed(rim)])
+            out.append(f'<path class="area {s.css}" d="{there}{back.replace("M", "L", 1)}z"/>')
+            continue
         d = path([sx(x) for x in s.x], points)
         if d:
             out.append(f'<path class="line {s.css}"{tag}{style} d="{d}"/>')
-        if s.dots:
+        if s.dots or len(finite(points)) == 1:
             places = ((sx(x), y) for x, y in zip(s.x, points, strict=True) if y is not None)
-            out += [f'<circle class="dot {s.css}" cx="{short(x)}" cy="{short(y)}" r="3"/>' for x, y in places]
+            out += [
+                f'<circle class="dot {s.css}"{tag}{style} cx="{short(x)}" cy="{short(y)}" r="3"/>' for x, y in places
+            ]
     return "".join(out) + "</g></svg>"
 
 

@@ -17,7 +17,8 @@ from moesaic.report.runs import Run
 from moesaic.report.text import big, escape
 
 WIDE = 960
-MAX_POINTS = 600
+MAX_POINTS = 600  # steps drawn one by one; longer runs get a band of STRETCHES extremes
+STRETCHES = 200
 MAX_DOMAINS = 9
 Data = dict[str, Any]
 
@@ -78,7 +79,13 @@ def loss_section(runs: dict[str, Run], data: Data) -> str:
             raw = np.array(run.loss)
             soft = smooth(raw, len(raw) // 100)
             caps += charts.finite(soft[len(soft) // 40 :].tolist())
-            faint.append(Series(f"{css}, each step", *charts.thin(xs, raw.tolist(), MAX_POINTS), f"{css} faint"))
+            late = raw[len(raw) // 40 :]
+            caps += np.quantile(late[~np.isnan(late)], [0.02, 0.98]).tolist() if (~np.isnan(late)).any() else []
+            if len(raw) > MAX_POINTS:
+                x_band, low, high = charts.band(xs, raw.tolist(), STRETCHES)
+                faint.append(Series(f"{css}, each step", x_band, high, css, low=low))
+            else:
+                faint.append(Series(f"{css}, each step", xs, raw.tolist(), f"{css} faint"))
             lines.append(Series(f"{css}, training", *_stride(xs, soft, MAX_POINTS // 2), css))
             at = [v.tokens if key == "tokens" else v.time_s for v in run.vals]
             known = [(x, v.loss) for x, v in zip(at, run.vals, strict=True) if x is not None]
@@ -113,8 +120,11 @@ def loss_section(runs: dict[str, Run], data: Data) -> str:
         '<span class="key"><i class="swatch ring"></i>validation</span>' if any(r.vals for r in runs.values()) else ""
     )
     steps = max(len(run.loss) for run in runs.values())
-    note = f"The faint lines show the extremes of each stretch of {text.plural(steps, 'step')}. " * (steps > MAX_POINTS)
-    note += "The highest losses of the first steps lie above the frame." if clipped else ""
+    note = (
+        f"The faint band spans the lowest and highest of about {text.plural(steps / STRETCHES, 'step')} at each point. "
+        * (steps > MAX_POINTS)
+    )
+    note += "Losses beyond the frame, mostly of the first steps, are cut off." if clipped else ""
     reading = "Lower is better. Validation text is never trained on: where training falls and validation does not, "
     reading += "the model is memorising."
     return figure(
