@@ -12,11 +12,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from moesaic.errors import DataError, MoesaicError
 from moesaic.report import write_report
 from moesaic.report.charts import band
+from moesaic.report.heat import ALPHABET, cell_class, encode
 from tests.report.synthetic_runs import dense_records, sparse_records, write_comparison, write_run
 
 VOID = {"meta", "input", "br", "hr", "img", "link", "path", "rect", "circle"}
@@ -322,3 +324,12 @@ def test_long_run_is_thinned_but_keeps_its_extremes(tmp_path: Path) -> None:
     assert len(page.data["charts"]["loss-tokens"]["lines"][0]["x"]) <= 300
     areas = re.findall(r'class="area dense" d="([^"]+)"', source)
     assert [d.count("L") for d in areas] == [399] * 4
+
+
+def test_script_reads_the_cells_python_writes(comparison: Path) -> None:
+    page = report(comparison)
+    assert f'"{ALPHABET}"' in page.scripts[1]
+    used = set("".join(layer["s"] for layer in page.data["load"]["layers"]))
+    assert used <= set(ALPHABET)
+    classes = [cell_class(encode(np.array([ratio]))) for ratio in (0.1, 0.5, 1.0, 2.0, 9.0, 0.0, np.nan)]
+    assert classes == ["h0", "h3", "h6", "h9", "h12", "dead", None]
