@@ -20,10 +20,11 @@ LEVELS = {
     **dict.fromkeys(["checkpoint", "parallel", "cost", "infer"], 4),
     **dict.fromkeys(["train", "compress", "lens"], 5),
     **dict.fromkeys(["audit", "report", "serve"], 6),
-    "quickstart": 7,
-    "__init__": 8,
-    "cli": 9,
-    "__main__": 10,
+    "twins": 7,
+    "quickstart": 8,
+    "__init__": 9,
+    "cli": 10,
+    "__main__": 11,
 }
 
 

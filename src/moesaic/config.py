@@ -107,7 +107,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         choices = get_args(hint)
         if value not in choices or isinstance(value, bool) != any(isinstance(c, bool) for c in choices if c == value):
             names = ", ".join(map(repr, choices))
-            raise ConfigError(f"{where} must be one of {names}, not {_show(value)}.{nearest(str(value), map(str, choices))}")
+            raise ConfigError(
+                f"{where} must be one of {names}, not {_show(value)}.{nearest(str(value), map(str, choices))}"
+            )
         return value
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, where)  # type: ignore[arg-type]

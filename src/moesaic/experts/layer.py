@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from moesaic.errors import ConfigError
@@ -65,7 +66,9 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         if dim < 1 or hidden < 1 or min(shared, zero, copy, constant) < 0:
-            raise ConfigError(f"A MoE layer needs positive widths and no negative counts; got dim={dim}, hidden={hidden}.")
+            raise ConfigError(
+                f"A MoE layer needs positive widths and no negative counts; got dim={dim}, hidden={hidden}."
+            )
         if shared_gate and not shared:
             raise ConfigError("shared_gate=True needs at least one shared expert; set shared=1.")
         total = experts + zero + copy + constant
@@ -87,8 +90,11 @@ class MoE(nn.Module):
             self.shared.reset_parameters(scale, out_scale)
 
     def forward(self, x: Tensor, ctx: TokenContext = NO_CONTEXT) -> tuple[Tensor, RoutingPlan | SoftPlan]:
-        """(..., D) to (..., D) and the plan that was executed."""
+        """(..., D) to (..., D) and the plan that was executed. Padding tokens are read as zeros."""
         x_TD = x.reshape(-1, x.shape[-1])
+        if ctx.valid_T is not None:
+            # Padding may hold anything; a NaN there would reach every gradient of the router and of shared experts as 0 * NaN.
+            x_TD = torch.where(ctx.valid_T[:, None], x_TD, 0.0)
         plan = self.route(x_TD, ctx)
         y_TD = self.dispatcher(x_TD, plan, self.experts)
         if self.shared is not None:

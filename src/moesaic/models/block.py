@@ -23,7 +23,12 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, attention: Attention, ffn: MLP | MoE, norm1: nn.Module, norm2: nn.Module, placement: Literal["pre", "post"]
+        self,
+        attention: Attention,
+        ffn: MLP | MoE,
+        norm1: nn.Module,
+        norm2: nn.Module,
+        placement: Literal["pre", "post"],
     ) -> None:
         super().__init__()
         self.norm1, self.attention, self.norm2, self.ffn = norm1, attention, norm2, ffn

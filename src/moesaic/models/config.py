@@ -17,6 +17,9 @@ from moesaic.plan.capacity import CapacityRule
 from moesaic.routing.balance import Scope
 
 
+_MOST_LAYERS = 10_000
+
+
 @dataclass(frozen=True)
 class RouterConfig:
     """Which router, and its options.
@@ -56,7 +59,7 @@ class MoEConfig:
     hidden: int | tuple[int, ...] = 512
     dense_first: int = 0
     every: int = 1
-    router: RouterConfig = RouterConfig()
+    router: RouterConfig = field(default_factory=RouterConfig)
     shared: int = 0
     shared_gate: bool = False
     zero: int = 0
@@ -110,6 +113,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "num_layers", "num_heads", "max_seq_len"):
             _at_least(f"model.{name}", getattr(self, name), 1)
+        if self.num_layers > _MOST_LAYERS:  # checked before anything enumerates layers: a hostile file may say 10**12
+            raise ConfigError(f"model.num_layers={self.num_layers} is more than the {_MOST_LAYERS} this code allows.")
         if self.head_dim is None and self.dim % self.num_heads:
             raise ConfigError(
                 f"model.dim={self.dim} is not a multiple of model.num_heads={self.num_heads}; change one or set model.head_dim."
@@ -193,7 +198,9 @@ def _check_moe(config: ModelConfig, moe: MoEConfig) -> None:
     for i in range(sparse):
         k, experts = pick(moe.k, i), pick(moe.num_experts, i) + special
         if k > experts:
-            raise ConfigError(f"model.moe.k={k} is more than the {experts} experts of a layer; choose k between 1 and {experts}.")
+            raise ConfigError(
+                f"model.moe.k={k} is more than the {experts} experts of a layer; choose k between 1 and {experts}."
+            )
     if moe.shared_gate and not moe.shared:
         raise ConfigError("model.moe.shared_gate needs at least one shared expert; set model.moe.shared=1.")
     for name, coefficient in moe.losses.items():

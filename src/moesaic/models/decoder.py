@@ -5,6 +5,8 @@ Legend: B batch, S positions, L keys held, D model width, V vocabulary, T = B * 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,6 +30,7 @@ class Decoder(nn.Module):
     Attributes:
         config: the shape it was built from.
         compute_dtype: dtype of activations; None follows the embedding. Parameters keep their own.
+        tokenizer: the tokenizer it was loaded with, or None.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Decoder(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.compute_dtype: torch.dtype | None = None
+        self.tokenizer: Any = None
 
     def forward(
         self,
@@ -124,9 +128,7 @@ class Decoder(nn.Module):
             raise MoesaicError("A cache holds one document per row; pass either cache or document_BS.")
 
 
-def _positions(
-    ids_BS: Tensor, valid_BS: Tensor | None, document_BS: Tensor | None, cache: KVCache | None
-) -> Tensor:
+def _positions(ids_BS: Tensor, valid_BS: Tensor | None, document_BS: Tensor | None, cache: KVCache | None) -> Tensor:
     """int64 (B, S): index of each token among the real tokens of its document, so that padding changes nothing."""
     counted_BS = torch.ones_like(ids_BS) if valid_BS is None else valid_BS.long()
     before_BS = counted_BS.cumsum(dim=1) - counted_BS

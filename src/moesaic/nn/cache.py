@@ -48,7 +48,7 @@ class KVCache:
     def reserve(self, position_BS: Tensor, valid_BS: Tensor | None) -> slice:
         """Note S new positions and return their place; layers then ``append`` their keys and values there."""
         B, S = position_BS.shape
-        if B != self.valid_BL.shape[0]:
+        if self.valid_BL.shape[0] != B:
             raise MoesaicError(f"The cache holds {self.valid_BL.shape[0]} rows, but the input has {B}.")
         if self.length + S > self.max_len:
             raise MoesaicError(

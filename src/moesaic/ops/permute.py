@@ -53,7 +53,7 @@ def combine_rows(
     """
     if per_token is not None:
         y_NtD = _Permute.apply(y_ND, grouping.inverse_N, grouping.order_N)
-        y_TKD = y_NtD.view(num_tokens, per_token, -1)
+        y_TKD = y_NtD.view(num_tokens, per_token, y_ND.shape[1])  # not -1: ambiguous with zero tokens
         # einsum would round products to y's dtype; this keeps them in fp32 without an fp32 copy when y already is.
         y_TD = (y_TKD.to(weight_N.dtype) * weight_N.view(num_tokens, per_token, 1)).sum(dim=1)
         return y_TD.to(y_ND.dtype)
@@ -86,7 +86,7 @@ class _Gather(torch.autograd.Function):
         if ctx.per_token is None:
             return _add_rows(grad_ND, source_N, ctx.num_tokens), None, None, None, None
         natural_ND = grad_ND.index_select(0, inverse_N)
-        grad_TD = natural_ND.view(ctx.num_tokens, ctx.per_token, -1).sum(dim=1)
+        grad_TD = natural_ND.view(ctx.num_tokens, ctx.per_token, grad_ND.shape[1]).sum(dim=1)
         return grad_TD, None, None, None, None
 
 

@@ -35,7 +35,12 @@ def grouped_mm(x_ND: Tensor, w_EDH: Tensor, counts_E: Tensor) -> Tensor:
 
 
 def moe(
-    x_TD: Tensor, token_N: Tensor, expert_N: Tensor, weight_N: Tensor, expert: Callable[[int, Tensor], Tensor], num_experts: int
+    x_TD: Tensor,
+    token_N: Tensor,
+    expert_N: Tensor,
+    weight_N: Tensor,
+    expert: Callable[[int, Tensor], Tensor],
+    num_experts: int,
 ) -> Tensor:
     """A whole MoE layer after routing: ``y[t] = sum over rows n of t: weight[n] * expert(e[n], x[t])``. Returns (T, D)."""
     outputs = [x_TD[t] * 0.0 for t in range(x_TD.shape[0])]

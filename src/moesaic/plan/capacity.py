@@ -58,7 +58,9 @@ class CapacityRule:
             if value is not None and not value > 0:
                 raise ConfigError(f"capacity.{name} must be above 0, not {value}; 1.25 is usual in training.")
         if self.multiple_of < 1 or self.groups < 1 or self.minimum < 0:
-            raise ConfigError("capacity.multiple_of and capacity.groups must be at least 1 and capacity.minimum at least 0.")
+            raise ConfigError(
+                "capacity.multiple_of and capacity.groups must be at least 1 and capacity.minimum at least 0."
+            )
         if (self.overflow == "fallback_expert") != (self.fallback_expert is not None):
             raise ConfigError('capacity.fallback_expert goes with overflow="fallback_expert": set both or neither.')
 
@@ -69,7 +71,9 @@ class CapacityRule:
             return None
         ideal = factor * num_tokens * (k if self.count_k else 1) / num_experts
         # 1e-9 absorbs binary fractions: 1.1 * 10 must not become 12 slots.
-        slots = {"ceil": math.ceil(ideal - 1e-9), "floor": math.floor(ideal + 1e-9), "round": round(ideal)}[self.rounding]
+        slots = {"ceil": math.ceil(ideal - 1e-9), "floor": math.floor(ideal + 1e-9), "round": round(ideal)}[
+            self.rounding
+        ]
         slots = max(slots, self.minimum if training else 0)
         slots = -(-slots // self.multiple_of) * self.multiple_of
         return min(slots, num_tokens)
@@ -108,7 +112,8 @@ def drop_over_capacity(
     Args:
         priority: "position": all first choices in token order, then all second choices (GShard); "probability": largest
             weight first (Megatron); "batch": tokens sorted by their largest weight, then choice by choice (Batch Prioritized
-            Routing, V-MoE); "random" (DeepSpeed). Only "position" never lets a later token displace an earlier one.
+            Routing, V-MoE); "random" (DeepSpeed). Only "position" with k=1 never lets a later token displace an earlier one:
+            with k of 2 a later first choice still goes before an earlier second choice.
         overflow: "residual" and "shared": the row goes nowhere, so only the residual stream (and shared experts, where there
             are any) carry the token; "fallback_expert": to that expert, which has no limit; "next_best": to the token's next
             best expert with a free slot (No-Token-Left-Behind; needs ``plan.gate``); "reroute_to_free": to any free slot.
@@ -128,7 +133,7 @@ def drop_over_capacity(
     expert_N = _keep_first(plan.expert_N, group_N, order_N, slots, E, exempt=fallback_expert)
     lost_N = plan.kept_N & (expert_N == E)
 
-    if overflow == "fallback_expert":
+    if overflow == "fallback_expert" and fallback_expert is not None:
         expert_N = torch.where(lost_N, fallback_expert, expert_N)
     elif overflow == "next_best":
         expert_N = _offer_next_best(plan, expert_N, lost_N, group_N, order_N, slots)

@@ -40,7 +40,7 @@ def replay(plan: RoutingPlan, recorded: RoutingPlan, weigh: Weigh | None = None)
 
     Args:
         weigh: ``(gate, expert_TK) -> weight_TK`` of the live router (``Router.weigh``): weights are then computed from today's
-            scores and carry gradient (router replay in reinforcement learning). None: the recorded weights.
+            scores of the recorded choice and carry gradient (router replay in reinforcement learning). None: recorded weights.
 
     Raises ``ConfigError`` when the two plans are of different shape.
     """
@@ -58,7 +58,8 @@ def replay(plan: RoutingPlan, recorded: RoutingPlan, weigh: Weigh | None = None)
     else:
         if plan.gate is None:
             raise ConfigError("Replay with live weights needs the router's scores, and this plan carries none.")
-        inside_TK = recorded.expert_TK.clamp(max=plan.num_experts - 1)
+        # Of the recorded choice: rows lost to capacity still count in the router's normalisation, as they did when live.
+        inside_TK = recorded.choice_TK.clamp(max=plan.num_experts - 1)
         weight_N = weigh(plan.gate, inside_TK).reshape(-1)
     edited = replace(plan, token_N=recorded.token_N, per_token=recorded.per_token)
     return edited.send(recorded.expert_N, weight_N)
@@ -104,7 +105,9 @@ def _next_best(plan: RoutingPlan, expert_N: Tensor, hit_N: Tensor, out_E: Tensor
     scores_TE = scores_TE.masked_fill(used_TE[:, :E], float("-inf"))
     ranked = torch.sort(scores_TE, dim=1, descending=True, stable=True)
     hit_TK = hit_N.view(T, -1)
-    nth_TK = (hit_TK.cumsum(1) - 1).clamp(min=0, max=E - 1)  # the first hit row takes the best free expert, the next the 2nd
+    nth_TK = (hit_TK.cumsum(1) - 1).clamp(
+        min=0, max=E - 1
+    )  # the first hit row takes the best free expert, the next the 2nd
     offer_TK = torch.where(ranked.values.gather(1, nth_TK).isfinite(), ranked.indices.gather(1, nth_TK), E)
     return torch.where(hit_TK, offer_TK, expert_N.view(T, -1)).reshape(-1)
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from moesaic.errors import CheckpointError, disk_errors
+from moesaic.errors import CheckpointError, ConfigError, disk_errors
 from moesaic.plan.plan import Gate, RoutingPlan, SoftPlan
 
 _FORMAT = "moesaic-trace-1"
@@ -41,7 +41,9 @@ def save_trace(
         plan = plan.detach()
         headers[str(layer)] = _header(plan)
         for name, tensor in _fields(plan, keep_gate).items():
-            tensors[f"{layer}/{name}"] = tensor.detach().cpu().contiguous()
+            tensors[f"{layer}/{name}"] = (
+                tensor.detach().cpu().contiguous().clone()
+            )  # layers share valid_T; safetensors refuses
     text = json.dumps({"plans": headers, "info": dict(info or {})})
     path = Path(path)
     partial = path.with_name(f".{path.name}.incomplete-{os.getpid()}")
@@ -67,13 +69,17 @@ def load_trace(path: str | Path) -> tuple[dict[int, RoutingPlan | SoftPlan], dic
         raise CheckpointError(f"{path} is damaged or not a routing trace: {error}.") from None
     if metadata.get("format") != _FORMAT:
         raise CheckpointError(f"{path} is a safetensors file but not a routing trace of this version ({_FORMAT}).")
-    trace = json.loads(metadata["trace"])
     plans: dict[int, RoutingPlan | SoftPlan] = {}
-    for layer, header in trace["plans"].items():
-        prefix = f"{layer}/"
-        fields = {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
-        plans[int(layer)] = _rebuild(header, fields)
-    return plans, trace["info"]
+    try:
+        trace = json.loads(metadata["trace"])
+        for layer, header in trace["plans"].items():
+            prefix = f"{layer}/"
+            fields = {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
+            plans[int(layer)] = _rebuild(header, fields)
+        info: dict[str, Any] = trace["info"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is a routing trace with a damaged header: {error!r}.") from None
+    return plans, info
 
 
 class TraceWriter:
@@ -84,6 +90,8 @@ class TraceWriter:
     """
 
     def __init__(self, folder: str | Path, every: int = 1, keep_gate: bool = False) -> None:
+        if every < 1:
+            raise ConfigError(f"every={every} must be at least 1: plans are kept every n-th step.")
         self.folder, self.every, self.keep_gate = Path(folder), every, keep_gate
 
     def add(self, step: int, plans: Mapping[int, RoutingPlan | SoftPlan], **info: Any) -> bool:
@@ -135,6 +143,15 @@ def _rebuild(header: dict[str, Any], fields: dict[str, Tensor]) -> RoutingPlan |
     k = header["per_token"]
     token_N = fields["token"].long() if k is None else torch.arange(header["num_tokens"]).repeat_interleave(k)
     choice_N = fields["choice"].long() if "choice" in fields else expert_N
+    for name, tensor_N in (("weight", fields["weight"]), ("token", token_N), ("choice", choice_N)):
+        if tensor_N.shape != expert_N.shape:
+            raise ValueError(f"{len(expert_N)} rows of experts but {len(tensor_N)} of {name}")
+    for name, ids_N, last in (
+        ("expert", expert_N, header["num_experts"]),
+        ("token", token_N, header["num_tokens"] - 1),
+    ):
+        if len(ids_N) and not 0 <= int(ids_N.min()) <= int(ids_N.max()) <= last:
+            raise ValueError(f"{name} ids outside 0 to {last}")
     return RoutingPlan(
         token_N,
         expert_N,

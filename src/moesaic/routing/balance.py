@@ -114,12 +114,18 @@ def check_losses(coefficients: Mapping[str, float], router: object) -> None:
     """Raises ``ConfigError`` for an unknown loss, and for one that could teach this router nothing."""
     for name in coefficients:
         if name not in LOSSES:
-            raise ConfigError(f'There is no balancing loss "{name}".{nearest(name, LOSSES)} Known: {", ".join(LOSSES)}.')
+            raise ConfigError(
+                f'There is no balancing loss "{name}".{nearest(name, LOSSES)} Known: {", ".join(LOSSES)}.'
+            )
         kind = type(router).__name__
         if not getattr(router, "has_gate", False):
-            raise ConfigError(f'Loss "{name}" has no gradient path into router {kind}, which has no gate; remove the loss.')
+            raise ConfigError(
+                f'Loss "{name}" has no gradient path into router {kind}, which has no gate; remove the loss.'
+            )
         if name == "load" and not getattr(router, "has_load_estimate", False):
-            raise ConfigError(f'Loss "load" needs the load estimate of a noisy gate, and {kind} has none; use "switch".')
+            raise ConfigError(
+                f'Loss "load" needs the load estimate of a noisy gate, and {kind} has none; use "switch".'
+            )
 
 
 def balance_loss(
@@ -132,9 +138,7 @@ def balance_loss(
     return total, {name: value.detach() for name, value in values.items()}
 
 
-def bias_step(
-    bias_E: Tensor, counts_E: Tensor, rate: float, rule: Literal["sign", "proportional"] = "sign"
-) -> Tensor:
+def bias_step(bias_E: Tensor, counts_E: Tensor, rate: float, rule: Literal["sign", "proportional"] = "sign") -> Tensor:
     """The selection bias after one optimiser step: up for experts below mean load, down for those above.
 
     "sign": ``b + rate * sign(mean(c) - c)`` (Wang et al. 2024; sign(0) = 0). "proportional": ``b + rate * (mean(c) - c) /

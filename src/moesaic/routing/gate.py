@@ -1,7 +1,7 @@
 """What all routers share: the contract, the fp32 gate, score functions, and the stable top-k choice.
 
-A router is an ``nn.Module`` with ``forward(x_TD, ctx) -> RoutingPlan``. Its class states facts (``causal``, ``batch_invariant``,
-...), its parameters and buffers stay fp32 whatever the model is cast to, and it stores nothing in ``forward``.
+A router is an ``nn.Module`` with ``forward(x_TD, ctx) -> RoutingPlan``. Its class states facts (``causal``,
+``batch_invariant``, ...), its parameters and buffers stay fp32 whatever the model is cast to, and ``forward`` stores nothing.
 
 Legend: T tokens, D model width, E experts, K experts per token.
 """
@@ -45,7 +45,7 @@ class Router(nn.Module, ABC):
     def forward(self, x_TD: Tensor, ctx: TokenContext = NO_CONTEXT) -> RoutingPlan:
         """Decide. ``x_TD`` is the normalised input of the layer, any float dtype."""
 
-    def after_step(self, counts_E: Tensor) -> None:  # noqa: B027 - an optional hook, not a forgotten override
+    def after_step(self, counts_E: Tensor) -> None:
         """Called once per optimiser step with the step's (all ranks', all micro-batches') choices per expert.
 
         For state that follows load, such as a selection bias. ``forward`` never changes state.
@@ -53,7 +53,9 @@ class Router(nn.Module, ABC):
 
     def weigh(self, gate: Gate, expert_TK: Tensor) -> Tensor:
         """fp32 (T, K) weights this router would give to these experts; routers that support live replay define it."""
-        raise ConfigError(f'Router "{type(self).__name__}" cannot weigh experts it did not choose; replay recorded weights.')
+        raise ConfigError(
+            f'Router "{type(self).__name__}" cannot weigh experts it did not choose; replay recorded weights.'
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """Keep fp32 through ``.to(bfloat16)``, ``.half()`` and the like: a router rounds to ties in 8 bits of mantissa."""
@@ -80,8 +82,8 @@ class LinearGate(nn.Module):
 
     def __init__(self, dim: int, num_experts: int, *, bias: bool = False, init_std: float = 0.02) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, dim))
-        self.bias = nn.Parameter(torch.zeros(num_experts)) if bias else None
+        self.weight = nn.Parameter(torch.empty(num_experts, dim, dtype=router_dtype()))
+        self.bias = nn.Parameter(torch.zeros(num_experts, dtype=router_dtype())) if bias else None
         self.init_std = init_std
         self.reset_parameters()
 
@@ -94,7 +96,13 @@ class LinearGate(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """fp32 logits (T, E)."""
-        return F.linear(x_TD.to(self.weight.dtype), self.weight, self.bias)
+        with torch.autocast(x_TD.device.type, enabled=False):  # autocast would round logits to bf16 ties
+            return F.linear(x_TD.to(self.weight.dtype), self.weight, self.bias)
+
+
+def router_dtype() -> torch.dtype:
+    """What router parameters and buffers are made in: the default dtype, but never less than fp32."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 
 def score(logits_TE: Tensor, how: Score) -> Tensor:

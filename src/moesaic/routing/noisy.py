@@ -54,7 +54,9 @@ class NoisyTopK(Router):
                 'use variant="vmoe" or k of at least 2.'
             )
         if noise_floor <= 0:
-            raise ConfigError(f"noise_floor must be above 0, not {noise_floor}: the load estimate divides by the noise.")
+            raise ConfigError(
+                f"noise_floor must be above 0, not {noise_floor}: the load estimate divides by the noise."
+            )
         self.num_experts, self.k = num_experts, k
         self.variant, self.noise_floor = variant, noise_floor
         self.gate = LinearGate(dim, num_experts, init_std=init_std)

@@ -5,7 +5,7 @@
 | A  ``normalize="none"`` | ``p[idx]`` | Switch, OLMoE, Qwen2-MoE, DeepSeek-V2 (times ``scale``) |
 | B  ``normalize="chosen"`` | ``p[idx] / sum p[idx]`` | Mixtral in Hugging Face, Qwen3-MoE |
 | B' ``normalize="softmax_chosen"`` | ``softmax(z[idx])`` | Shazeer 2017, gpt-oss (``gate_bias``), Megatron-LM |
-| C  ``score="sigmoid", normalize="chosen", balance_bias=True`` | ``scale * s[idx] / (sum s[idx] + 1e-20)``, chosen by s + b | DeepSeek-V3 |
+| C  ``score="sigmoid", balance_bias=True`` | ``scale * s[idx] / (sum s[idx] + 1e-20)``, chosen by s + b | DeepSeek-V3 |
 
 B equals B' in real arithmetic. In A every logit gets task gradient through the softmax; in the others only the chosen do.
 
@@ -24,7 +24,7 @@ from moesaic.errors import ConfigError
 from moesaic.plan.plan import Gate, RoutingPlan, from_topk
 from moesaic.routing.balance import bias_step
 from moesaic.routing.context import NO_CONTEXT, TokenContext
-from moesaic.routing.gate import LinearGate, Router, Score, check_k, choose, mask_groups, score
+from moesaic.routing.gate import LinearGate, Router, Score, check_k, choose, mask_groups, router_dtype, score
 
 Normalize = Literal["none", "chosen", "softmax_chosen"]
 
@@ -89,7 +89,8 @@ class TopK(Router):
         self.bias_rate, self.bias_rule = bias_rate, bias_rule
         self.gate = LinearGate(dim, num_experts, bias=gate_bias, init_std=init_std)
         self.choice_bias_E: Tensor | None
-        self.register_buffer("choice_bias_E", torch.zeros(num_experts) if balance_bias else None)
+        bias_E = torch.zeros(num_experts, dtype=router_dtype()) if balance_bias else None
+        self.register_buffer("choice_bias_E", bias_E)
 
     def forward(self, x_TD: Tensor, ctx: TokenContext = NO_CONTEXT) -> RoutingPlan:
         """Route (T, D) tokens; K rows per token, best first."""

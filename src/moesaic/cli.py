@@ -1,0 +1,460 @@
+"""The command line: a dict of command -> plain function. ``moesaic COMMAND --help`` shows each one's options and examples.
+
+Results go to standard output (as one JSON object with ``--json``), progress to standard error. A mistake of the user's is
+one sentence on standard error and exit status 2; an interrupted run exits with 130.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json as json_module
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from tyro.conf import AvoidSubcommands, FlagCreatePairsOff, Positional, arg
+
+import moesaic
+from moesaic.checkpoint.native import load_config
+from moesaic.config import apply_overrides, from_dict, load_config_file, to_dict
+from moesaic.cost.count import count_parameters
+from moesaic.cost.devices import doctor as examine
+from moesaic.cost.devices import format_doctor
+from moesaic.errors import ConfigError, MoesaicError, nearest
+from moesaic.infer.generate import generate_texts
+from moesaic.infer.sampling import SamplingConfig
+from moesaic.models import ModelConfig, build_model
+from moesaic.quickstart import run_quickstart, show_comparison
+from moesaic.report.page import write_report
+from moesaic.routing import ROUTERS
+from moesaic.train.config import DataConfig, TrainConfig
+from moesaic.train.corpus import load_corpus, load_store
+from moesaic.train.evaluate import evaluate, spread
+from moesaic.train.loop import fit_vocabulary, load_run_config, run_training
+from moesaic.train.packing import PackedRows
+from moesaic.train.recipes import RECIPES
+from moesaic.train.snapshot import resolve_model_folder
+from moesaic.train.stop import StopRequest
+from moesaic.twins import run_twins
+
+Overrides = Annotated[tuple[str, ...], arg(name="set", metavar="NAME=VALUE ...", help="Settings by dotted name.")]
+Json = Annotated[bool, arg(name="json", help="Print the result as one JSON object on standard output.")]
+
+
+def quickstart(
+    out: Annotated[Path, arg(help="Folder for both runs and the report.")] = Path("quickstart"),
+    steps: Annotated[int | None, arg(help="Optimiser steps of each model.")] = None,
+    seed: Annotated[int, arg(help="Seed of initialisation and data order.")] = 0,
+    set_: Overrides = (),
+    resume: Annotated[bool, arg(help="Go on with an interrupted quickstart.")] = False,
+    json: Json = False,
+) -> int:
+    """Train a sparse model and its dense twin on text already on this machine, and report.
+
+    Examples:
+      moesaic quickstart
+      moesaic quickstart --out /tmp/try --steps 50
+      moesaic quickstart --set model.moe.num_experts=32 model.moe.k=4 optim.lr=2e-3
+    """
+    config = _override(to_dict(RECIPES["quickstart"]()), set_, steps=steps, seed=seed)
+    comparison = run_quickstart(config, out, resume=resume, console=_console(json))
+    if json:
+        _print_json({"folder": str(out), "report": str(comparison.report), **comparison.summary})
+    return 0 if comparison.finished else 130
+
+
+def train(
+    data: Annotated[tuple[str, ...], arg(help='Files, folders, globs, hf://owner/name; or "stdlib".')] = (),
+    out: Annotated[Path, arg(help="Run folder.")] = Path("runs/latest"),
+    config: Annotated[Path | None, arg(help="A .json or .toml file with any of the settings.")] = None,
+    recipe: Annotated[Literal["small", "quickstart"], arg(help="Where settings not given come from.")] = "small",
+    steps: Annotated[int | None, arg(help="Optimiser steps.")] = None,
+    seed: Annotated[int | None, arg(help="Seed of initialisation, data order and noise.")] = None,
+    set_: Overrides = (),
+    twin: Annotated[bool, arg(help="Also train the dense twin on the same tokens and compare.")] = False,
+    resume: Annotated[bool, arg(help="Go on with the run in --out from its last checkpoint.")] = False,
+    json: Json = False,
+) -> int:
+    """Train a model on your text.
+
+    Examples:
+      moesaic train --data books/ --out runs/books
+      moesaic train --data 'corpus/*.jsonl' --set data.label_field=lang model.moe.num_experts=32
+      moesaic train --data a.txt b.txt --config run.toml --steps 5000
+      moesaic train --data stdlib --twin --out runs/twins
+      moesaic train --resume --out runs/books
+    """
+    console = _console(json)
+    explicit: dict[str, Any] = {}
+    if resume and config is None and not data:
+        saved = out / "sparse" if twin else out
+        settings, explicit = to_dict(load_run_config(saved)), {"model": {"vocab_size": 1}}
+    else:
+        settings = to_dict(RECIPES[recipe]())
+        if config is not None:
+            explicit = load_config_file(config)
+            settings = _merge(settings, explicit)
+        if data:
+            settings["data"]["sources"] = list(data)
+        elif recipe == "small" and not settings["data"]["sources"]:
+            raise ConfigError(
+                "There is no text to train on; name it with --data, for example --data books/ or --data stdlib."
+            )
+    run = _override(settings, set_, steps=steps, seed=seed)
+    fixed = "vocab_size" in (explicit.get("model") or {}) or any(s.startswith("model.vocab_size=") for s in set_)
+
+    def say(sentence: str) -> None:
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+
+    with StopRequest(say) as stop:
+        corpus = load_corpus(run.data, run.seed, say)
+        run = fit_vocabulary(run, corpus, explicit=fixed)
+        if twin:
+            comparison = run_twins(run, corpus, out, resume=resume, say=say, stop=stop)
+            show_comparison(comparison, console)
+            if json:
+                _print_json({"folder": str(out), "report": str(comparison.report), **comparison.summary})
+            return 0 if comparison.finished else 130
+        result = run_training(run, corpus, out, resume=resume, say=say, stop=stop)
+    report_path = write_report(out)
+    if result.reason == "interrupted":
+        say(f"Stopped at step {result.step}. Go on with: moesaic train --resume --out {out}")
+    else:
+        loss = "not measured" if result.val_loss is None else f"{result.val_loss:.4f} nats per token"
+        rate = f"{result.tokens_per_s:,.0f} tokens/s"
+        say(f"Done: {result.step} steps, {result.tokens:,} tokens at {rate}, validation loss {loss}.")
+    say(f"Report: {report_path.resolve()}")
+    if json:
+        _print_json({**result.record(), "report": str(report_path)})
+    return 0 if result.reason == "done" else 130
+
+
+def evaluate_command(
+    model: Annotated[Positional[Path], arg(metavar="MODEL", help="Model directory, run or comparison folder.")],
+    data: Annotated[tuple[str, ...], arg(help="Text to evaluate on; without it, the run's own validation text.")] = (),
+    rows: Annotated[int, arg(help="Rows of text to use, spread over it; 0 uses all.")] = 0,
+    seq_len: Annotated[int | None, arg(help="Positions of a row; the training length, or the model's context.")] = None,
+    batch_size: Annotated[int, arg(help="Rows computed together.")] = 16,
+    label_field: Annotated[str | None, arg(help="Field of JSONL or parquet that holds the domain.")] = None,
+    json: Json = False,
+) -> int:
+    """Measure loss and perplexity, in all and by domain.
+
+    Examples:
+      moesaic eval runs/books
+      moesaic eval runs/books --data other.txt --rows 200
+      moesaic eval quickstart/dense --json
+    """
+    folder = resolve_model_folder(model)
+    loaded = moesaic.load(folder)
+    if loaded.tokenizer is None:
+        raise ConfigError(
+            f"{folder} has no tokenizer.json, so text cannot be read with it; add the tokenizer to the folder."
+        )
+    trained = _training_config(folder)
+    console = _console(json)
+
+    def say(sentence: str) -> None:
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+
+    if data:
+        # All of it counts as validation text: nothing here was trained on, as far as we know.
+        settings = DataConfig(sources=tuple(data), label_field=label_field)
+        view = load_store(settings, loaded.tokenizer, say).view
+    elif trained is not None:
+        view = load_corpus(trained.data, trained.seed, say, tokenizer=loaded.tokenizer).val
+    else:
+        raise ConfigError(f"{model} is not a training run, so it has no text of its own; give some with --data.")
+    length = seq_len or (trained.seq_len if trained is not None else loaded.config.max_seq_len)
+    packed = PackedRows(view, min(length, loaded.config.max_seq_len))
+    indices = spread(packed, rows or len(packed))
+    result = evaluate(loaded, packed, indices, batch_size, progress=_counter(len(indices)))
+    if json:
+        _print_json({"model": str(folder), "tokens": result.tokens, **result.record()})
+        return 0
+    say(
+        f"{folder}: loss {result.loss:.4f} nats per token, perplexity {result.perplexity:.2f}, over {result.tokens:,} tokens"
+    )
+    for domain, loss in sorted(result.by_domain.items(), key=lambda item: item[1]):
+        say(f"  {domain:<24} {loss:.4f}")
+    return 0
+
+
+def generate(
+    model: Annotated[Positional[Path], arg(metavar="MODEL", help="Model directory, run or comparison folder.")],
+    prompt: Annotated[tuple[str, ...], arg(help="One prompt or several; without it, the start of a document.")] = ("",),
+    max_new_tokens: Annotated[int, arg(help="Longest continuation.")] = 100,
+    temperature: Annotated[float, arg(help="0 is greedy.")] = 0.8,
+    top_k: Annotated[int, arg(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
+    top_p: Annotated[float, arg(help="Keep the likeliest tokens of this total probability.")] = 0.95,
+    min_p: Annotated[float, arg(help="Keep tokens at least this likely, relative to the likeliest.")] = 0.0,
+    repetition_penalty: Annotated[float, arg(help="Above 1 discourages tokens already seen.")] = 1.0,
+    stop: Annotated[tuple[str, ...], arg(help="Stop before any of these strings.")] = (),
+    seed: Annotated[int, arg(help="Seed of sampling.")] = 0,
+    json: Json = False,
+) -> int:
+    """Continue a text, streaming it to the terminal.
+
+    Examples:
+      moesaic generate quickstart --prompt 'def main('
+      moesaic generate runs/books --prompt 'It was' 'She said' --temperature 0
+      moesaic generate runs/books --max-new-tokens 300 --top-p 0.9 --stop '\\n\\n'
+    """
+    loaded = moesaic.load(model)
+    sampling = SamplingConfig(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+    )
+    prompts = list(prompt)
+    stops = tuple(s.encode("latin-1", "backslashreplace").decode("unicode_escape") for s in stop)
+    live = len(prompts) == 1 and not json
+
+    def show(_row: int, piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    if live:
+        show(0, prompts[0])
+    texts, generation = generate_texts(
+        loaded,
+        prompts,
+        loaded.tokenizer,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop=stops,
+        seed=seed,
+        on_text=show if live else None,
+    )
+    if json:
+        rows = [
+            {"prompt": p, "text": t, "finish": f} for p, t, f in zip(prompts, texts, generation.finish, strict=True)
+        ]
+        _print_json({"results": rows, "decode_tokens_per_s": generation.decode_tokens_per_s})
+        return 0
+    if not live:
+        for p, text in zip(prompts, texts, strict=True):
+            print(f"--- {p}\n{p}{text}\n")
+    else:
+        print()
+    rate = generation.decode_tokens_per_s
+    print(
+        f"[{generation.decode_tokens} tokens at {rate:.0f} tokens/s, {', '.join(generation.finish)}]", file=sys.stderr
+    )
+    return 0
+
+
+def report(
+    folder: Annotated[Positional[Path], arg(metavar="FOLDER", help="A run or comparison folder.")],
+    out: Annotated[Path | None, arg(help="Where to write the page; report.html in the folder.")] = None,
+    json: Json = False,
+) -> int:
+    """Write one self-contained page about a run: losses, load, entropy, drops, domains per expert, a sample.
+
+    Examples:
+      moesaic report runs/books
+      moesaic report quickstart --out /tmp/page.html
+    """
+    path = write_report(folder, out)
+    if json:
+        _print_json({"report": str(path)})
+    else:
+        print(path.resolve())
+    return 0
+
+
+def info(
+    model: Annotated[Positional[Path], arg(metavar="MODEL", help="Model directory, run folder, or a config file.")],
+    json: Json = False,
+) -> int:
+    """Parameters in all and per token, by part; layers, experts and routers. Nothing is allocated.
+
+    Examples:
+      moesaic info quickstart
+      moesaic info run.toml --json
+    """
+    config = _model_config(model)
+    counts = count_parameters(build_model(config, device="meta"))
+    moe = config.moe
+    facts = {
+        "layers": config.num_layers,
+        "sparse_layers": list(config.moe_layers),
+        "dim": config.dim,
+        "heads": config.num_heads,
+        "kv_heads": config.kv_heads,
+        "context": config.max_seq_len,
+        "vocabulary": config.vocab_size,
+        "experts": None if moe is None else to_dict(moe.num_experts),
+        "experts_per_token": None if moe is None else to_dict(moe.k),
+        "expert_width": None if moe is None else to_dict(moe.hidden),
+        "router": None if moe is None else {"name": moe.router.name, **moe.router.options},
+    }
+    if json:
+        parts = {p: {"total": n, "active": counts.active_parts[p]} for p, n in counts.parts.items()}
+        _print_json(
+            {"total": counts.total, "active": counts.active, "parts": parts, **facts, "config": to_dict(config)}
+        )
+        return 0
+    print(
+        f"{counts.total:,} parameters, {counts.active:,} of them used per token ({counts.active / counts.total:.0%})\n"
+    )
+    print(f"{'part':<16}{'parameters':>16}{'per token':>16}")
+    for part, number in sorted(counts.parts.items(), key=lambda item: -item[1]):
+        if number:
+            print(f"{part:<16}{number:>16,}{counts.active_parts[part]:>16,}")
+    print()
+    for name, value in facts.items():
+        if value is not None:
+            print(f"{name.replace('_', ' '):<20}{_plain(value)}")
+    return 0
+
+
+def doctor(
+    deep: Annotated[bool, arg(help="Also compile a small function (half a minute).")] = False,
+    json: Json = False,
+) -> int:
+    """Say what this machine can do: torch, threads, instruction sets, GPU, distributed back ends, speed, advice.
+
+    Examples:
+      moesaic doctor
+      moesaic doctor --json
+    """
+    found = examine(deep=deep)
+    if json:
+        _print_json(found.to_dict())
+    else:
+        Console(highlight=False).print(format_doctor(found))
+    return 0
+
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "quickstart": quickstart,
+    "train": train,
+    "eval": evaluate_command,
+    "generate": generate,
+    "report": report,
+    "info": info,
+    "doctor": doctor,
+}
+
+
+def help_text() -> str:
+    """What ``moesaic --help`` prints."""
+    lines = [
+        "usage: moesaic COMMAND [options]",
+        "",
+        "Mixture-of-Experts Transformers: train, look inside, understand.",
+        "",
+    ]
+    lines += [f"  {name:<12}{summary(function)}" for name, function in COMMANDS.items()]
+    lines += [
+        "",
+        f"Routers: {', '.join(ROUTERS)}.",
+        "",
+        "moesaic COMMAND --help shows options and examples; moesaic --version.",
+    ]
+    return "\n".join(lines)
+
+
+def summary(function: Callable[..., int]) -> str:
+    """First line of a command's docstring."""
+    return (inspect.getdoc(function) or "").splitlines()[0]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``moesaic`` and ``python -m moesaic``; ends the process with the command's exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        sys.exit(_run(args))
+    except MoesaicError as error:
+        if "--json" in args:
+            _print_json({"error": str(error)})
+        print(f"moesaic: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("moesaic: interrupted.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader went away (moesaic ... | head); there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def _run(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return 0 if args else 2
+    if args[0] in ("-V", "--version"):
+        print(f"moesaic {moesaic.__version__}")
+        return 0
+    name, *rest = args
+    if name not in COMMANDS:
+        raise ConfigError(f'There is no command "{name}".{nearest(name, COMMANDS)} Commands: {", ".join(COMMANDS)}.')
+    warnings.showwarning = _show_warning
+    function = COMMANDS[name]
+    description = inspect.getdoc(function)
+    config = (AvoidSubcommands, FlagCreatePairsOff)
+    return tyro.cli(function, args=rest, prog=f"moesaic {name}", description=description, config=config)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"moesaic: warning: {message}", file=sys.stderr)
+
+
+def _console(json: bool) -> Console:
+    """Where words for people go: standard output, or standard error when that is kept for JSON."""
+    return Console(stderr=json, highlight=False)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json_module.dumps(value, default=str))
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with the entries of ``over``; tables are merged, everything else replaced. Router options are replaced whole."""
+    merged = dict(base)
+    for key, value in over.items():
+        mine = merged.get(key)
+        both = isinstance(mine, dict) and isinstance(value, dict)
+        merged[key] = _merge(mine, value) if both and key not in ("options", "losses") else value  # type: ignore[arg-type]
+    return merged
+
+
+def _override(
+    settings: dict[str, Any], overrides: Sequence[str], *, steps: int | None, seed: int | None
+) -> TrainConfig:
+    settings = apply_overrides(settings, overrides)
+    if steps is not None:
+        settings["steps"] = steps
+    if seed is not None:
+        settings["seed"] = seed
+    return from_dict(TrainConfig, settings)
+
+
+def _model_config(path: Path) -> ModelConfig:
+    if path.is_file():
+        data = load_config_file(path)
+        return from_dict(ModelConfig, data.get("model", data), where="model")
+    return load_config(resolve_model_folder(path))
+
+
+def _training_config(folder: Path) -> TrainConfig | None:
+    """The config of the run a checkpoint folder belongs to, if it belongs to one."""
+    if folder.parent.name != "checkpoints":
+        return None
+    return load_run_config(folder.parent.parent)
+
+
+def _counter(total: int) -> Callable[[int, int], None]:
+    def count(done: int, _: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{done}/{total} rows", end="\n" if done >= total else "", file=sys.stderr, flush=True)
+
+    return count
+
+
+def _plain(value: Any) -> str:
+    return json_module.dumps(value) if isinstance(value, dict | list) else str(value)

@@ -1,0 +1,100 @@
+"""A training run as frozen data, JSON or TOML in, JSON out; saved with the run as ``config.json``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from moesaic.errors import ConfigError
+from moesaic.models.config import ModelConfig
+from moesaic.train.optim import OptimConfig
+
+STDLIB = "stdlib"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to read and how to cut it into tokens.
+
+    Attributes:
+        sources: files, folders, globs, ``hf://owner/name``; or "stdlib", the text every Python installation carries.
+        text_field, label_field, label_by, document, on_error: see ``train.readers.read_documents``.
+        tokenizer: a tokenizer.json or a folder holding one; None trains byte-level BPE of ``vocab_size`` on the text.
+        val_fraction: share of each domain's tokens kept for validation, by document.
+        stdlib_bytes: size of the "stdlib" corpus.
+        cache_dir: where token caches live; None is the user's cache folder (or ``MOESAIC_CACHE``).
+    """
+
+    sources: tuple[str, ...] = ()
+    text_field: str = "text"
+    label_field: str | None = None
+    label_by: Literal["stem", "folder", "none", "auto"] = "auto"
+    document: Literal["file", "paragraphs"] = "file"
+    on_error: Literal["raise", "skip"] = "raise"
+    tokenizer: str | None = None
+    vocab_size: int = 4096
+    val_fraction: float = 0.05
+    stdlib_bytes: int = 8_000_000
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < 260:
+            raise ConfigError(
+                f"data.vocab_size must be at least 260 (256 bytes and the special tokens), not {self.vocab_size}."
+            )
+        if not 0 < self.val_fraction < 1:
+            raise ConfigError(f"data.val_fraction must lie between 0 and 1, such as 0.05, not {self.val_fraction}.")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything a run depends on.
+
+    Attributes:
+        model, data, optim: the parts.
+        steps: optimiser steps.
+        batch_size, accumulate: rows of one micro-batch, micro-batches of one step.
+        seq_len: positions of a row.
+        seed: of initialisation, data order and noise.
+        dtype: of activations; parameters, router and optimiser stay fp32.
+        recompute: recompute attention and expert activations in the backward pass (activation checkpointing); routing
+            decisions are saved, never recomputed.
+        eval_every, eval_rows: validation cadence in steps (0: only at the end) and rows used, spread over the validation text.
+        checkpoint_every, keep_last: checkpoint cadence in steps (0: only at the end) and how many to keep besides the best.
+        dead_window: an expert without a token for this many steps counts as dead.
+        sample_tokens: length of the sample written at the end of the run (0: none).
+        tensorboard: also write event files.
+        trace_every: store the routing plans of every n-th step (0: never).
+    """
+
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    steps: int = 1000
+    batch_size: int = 16
+    accumulate: int = 1
+    seq_len: int = 256
+    seed: int = 0
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    recompute: bool = False
+    eval_every: int = 100
+    eval_rows: int = 64
+    checkpoint_every: int = 100
+    keep_last: int = 3
+    dead_window: int = 50
+    sample_tokens: int = 100
+    tensorboard: bool = True
+    trace_every: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "seq_len", "eval_rows", "keep_last", "dead_window"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        for name in ("eval_every", "checkpoint_every", "sample_tokens", "trace_every"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be at least 0, not {getattr(self, name)}.")
+        if self.seq_len > self.model.max_seq_len:
+            raise ConfigError(
+                f"seq_len={self.seq_len} is longer than the model's context; set model.max_seq_len to at least {self.seq_len} "
+                f"(now {self.model.max_seq_len})."
+            )

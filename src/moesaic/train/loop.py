@@ -1,0 +1,357 @@
+"""The training run: steps, validation, checkpoints, log, resume, clean stop.
+
+>>> result = run_training(config, corpus, "runs/first")          # a new run
+>>> result = run_training(config, corpus, "runs/first", resume=True)
+
+Everything a step depends on is in the last checkpoint (weights, optimiser, random state, data position, selection biases), so a
+run killed at any moment and resumed gives the losses of an uninterrupted one to the last bit on the same machine.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesaic.checkpoint.atomic import atomic_file
+from moesaic.config import from_dict, to_dict
+from moesaic.cost.count import count_parameters
+from moesaic.errors import CheckpointError, ConfigError, MoesaicError, disk_errors
+from moesaic.infer.generate import generate
+from moesaic.models.build import build_model
+from moesaic.models.config import ModelConfig
+from moesaic.models.decoder import Decoder
+from moesaic.plan.store import TraceWriter
+from moesaic.train.config import TrainConfig
+from moesaic.train.corpus import Corpus
+from moesaic.train.evaluate import Evaluation, evaluate, spread
+from moesaic.train.log import MetricsLog, Progress
+from moesaic.train.optim import learning_rate, make_optimizer
+from moesaic.train.packing import PackedRows, RowSampler
+from moesaic.train.recompute import recompute_activations
+from moesaic.train.snapshot import latest_snapshot, restore_snapshot, save_snapshot
+from moesaic.train.step import StepReading, train_step
+from moesaic.train.stop import StopRequest
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        folder: the run folder. reason: "done" or "interrupted".
+        step, tokens, seconds: reached in all, earlier sittings included; seconds of steps alone, without validation.
+        val_loss, best_val_loss: last and best validation loss in nats per token; None if never measured.
+        tokens_per_s: mean over these.
+        evaluation: the last validation, or None.
+    """
+
+    folder: Path
+    reason: str
+    step: int
+    tokens: int
+    seconds: float
+    val_loss: float | None
+    best_val_loss: float | None
+    tokens_per_s: float
+    evaluation: Evaluation | None
+
+    def record(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        values = {
+            name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("folder", "evaluation")
+        }
+        return {"folder": str(self.folder), **values}
+
+
+@dataclass
+class _State:
+    """What a run carries from step to step besides model and optimiser; all of it is in every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0  # in steps: validation and checkpoints left out, so that sparse and dense compare
+    best_val_loss: float | None = None
+    val_loss: float | None = None
+    last_used: dict[str, list[int]] | None = None
+
+
+def fit_vocabulary(config: TrainConfig, corpus: Corpus, explicit: bool = False) -> TrainConfig:
+    """The config with the vocabulary the tokenizer needs. An ``explicit`` smaller one is refused."""
+    if explicit:
+        if config.model.vocab_size < corpus.tokenizer.get_vocab_size():
+            raise ConfigError(
+                f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's "
+                f"{corpus.tokenizer.get_vocab_size()} tokens; leave it out to have it fitted."
+            )
+        return config
+    return replace(config, model=replace(config.model, vocab_size=corpus.vocab_size))
+
+
+def run_training(
+    config: TrainConfig,
+    corpus: Corpus,
+    folder: str | Path,
+    *,
+    name: str = "",
+    resume: bool = False,
+    say: Callable[[str], None] | None = None,
+    show_progress: bool = True,
+    stop: StopRequest | None = None,
+) -> TrainResult:
+    """Train to ``config.steps``, or to a clean stop.
+
+    Args:
+        folder: the run folder, made if missing.
+        name: shown in the progress line and the report.
+        resume: go on from the newest whole checkpoint (a folder without one starts anew).
+        stop: asked after every step; Ctrl-C and SIGTERM set it while ``StopRequest`` listens.
+
+    Raises ``MoesaicError`` in words; the newest checkpoint then stays as it was.
+    """
+    return _Run(config, corpus, Path(folder), name, resume, say, show_progress, stop or StopRequest()).go()
+
+
+def load_run_config(folder: str | Path) -> TrainConfig:
+    """The config a run was started with. Raises ``CheckpointError`` if the folder is no run."""
+    path = Path(folder) / "config.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} is not a training run: it has no config.json.") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"Cannot read {path}: {error}.") from None
+    return from_dict(TrainConfig, data, where="config")
+
+
+class _Run:
+    def __init__(
+        self,
+        config: TrainConfig,
+        corpus: Corpus,
+        folder: Path,
+        name: str,
+        resume: bool,
+        say: Callable[[str], None] | None,
+        show_progress: bool,
+        stop: StopRequest,
+    ) -> None:
+        self.config, self.corpus, self.folder, self.name, self.stop = config, corpus, folder, name, stop
+        self.show_progress = show_progress
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.rows = PackedRows(corpus.train, config.seq_len)
+        self.val_rows = PackedRows(corpus.val, config.seq_len)
+        self.val_indices = spread(self.val_rows, config.eval_rows)
+        self.sampler = RowSampler(len(self.rows), config.batch_size * config.accumulate, config.seed)
+        self.state = _State()
+        self.evaluation: Evaluation | None = None
+        self.say = say or (lambda _: None)
+        self._prepare_folder(resume)
+        self.model = self._build()
+        self.optimizer = make_optimizer(self.model, config.optim)
+        self.resumed_at: int | None = None
+        if resume:
+            self._restore()
+
+    # ---- before the first step ---------------------------------------------------------------------------------
+
+    def _prepare_folder(self, resume: bool) -> None:
+        if not resume and (self.folder / "checkpoints").exists():
+            raise MoesaicError(
+                f"{self.folder} already holds a training run; add --resume to go on with it, or choose another --out."
+            )
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        atomic_file(self.folder / "config.json", json.dumps(to_dict(self.config), indent=2) + "\n")
+
+    def _build(self) -> Decoder:
+        torch.manual_seed(self.config.seed)
+        model = build_model(self.config.model).to(self.device)
+        if self.config.dtype == "bf16":
+            model.compute_dtype = torch.bfloat16
+        if self.config.recompute:
+            recompute_activations(model)
+        # Noise drawn while training must not depend on how many numbers initialisation used.
+        torch.manual_seed(self.config.seed + 1)
+        return model
+
+    def _restore(self) -> None:
+        found = latest_snapshot(self.folder)
+        if found is None:
+            self.say(f"{self.folder} has no checkpoint yet, so the run starts from step 0.")
+            return
+        saved = restore_snapshot(found, self.model, self.optimizer)
+        if saved["corpus"] != self.corpus.fingerprint:
+            raise CheckpointError(
+                f"{self.folder} was trained on other text than it is resumed with: the files, their options or the tokenizer "
+                "changed. Restore them, or start a new run."
+            )
+        self.sampler.load_state_dict(saved["sampler"])
+        self.state = _State(step=saved["step"], **saved["run"])
+        self.resumed_at = self.state.step
+        self.say(f"Resuming {self.folder} at step {self.state.step}.")
+
+    def _run_record(self) -> dict[str, Any]:
+        sparse = self.model.moe_layers()
+        counts = count_parameters(self.model)
+        return {
+            "kind": "run",
+            "time": time.time(),
+            "name": self.name or self.folder.name,
+            "config": to_dict(self.config),
+            "params_total": counts.total,
+            "params_active": counts.active,
+            "layers": list(sparse),
+            "num_experts": [layer.router.num_experts for layer in sparse.values()],
+            "routers": sorted({_router_name(self.config.model)} if sparse else set()),
+            "domains": list(self.corpus.labels),
+            "model": "sparse" if sparse else "dense",
+            "dead_window": self.config.dead_window,
+        }
+
+    # ---- the run -----------------------------------------------------------------------------------------------
+
+    def go(self) -> TrainResult:
+        """Train; returns how it ended."""
+        config, state = self.config, self.state
+        log = MetricsLog(self.folder, self.resumed_at, tensorboard=config.tensorboard, say=self.say)
+        progress = Progress(config.steps, state.step, label=self.name) if self.show_progress else None
+        trace = TraceWriter(self.folder / "trace", config.trace_every) if config.trace_every else None
+        reason = "done"
+        try:
+            if self.resumed_at is None:
+                log.write(self._run_record())
+            while state.step < config.steps:
+                started = time.perf_counter()
+                batches = self._batches()
+                lr = learning_rate(config.optim, state.step, config.steps)
+                reading, plans = train_step(
+                    self.model, self.optimizer, batches, lr=lr, clip=config.optim.clip, step=state.step + 1
+                )
+                state.step += 1
+                record = self._step_record(reading, lr, time.perf_counter() - started)
+                log.write(record)
+                if trace is not None:
+                    trace.add(state.step, plans)
+                if progress is not None:
+                    progress.update(record)
+                last = state.step == config.steps
+                stopping = self.stop.requested
+                improved = False
+                if last or (config.eval_every and state.step % config.eval_every == 0):
+                    improved = self._validate(log)
+                if last or stopping or (config.checkpoint_every and state.step % config.checkpoint_every == 0):
+                    self._save(improved)
+                if stopping and not last:
+                    reason = "interrupted"
+                    break
+            if reason == "done":
+                self._sample(log)
+            log.write({"kind": "end", "step": state.step, "reason": reason})
+        finally:
+            if progress is not None:
+                progress.close()
+            log.close()
+        rate = state.tokens / state.seconds if state.seconds else 0.0
+        return TrainResult(
+            self.folder,
+            reason,
+            state.step,
+            state.tokens,
+            state.seconds,
+            state.val_loss,
+            state.best_val_loss,
+            rate,
+            self.evaluation,
+        )
+
+    def _batches(self) -> list[Any]:
+        """One micro-batch at a time from the step's rows; the sampler draws the whole step so that its state is one number."""
+        indices = self.sampler.next()
+        return [self.rows.batch(part).to(self.device) for part in indices.split(self.config.batch_size)]
+
+    def _step_record(self, reading: StepReading, lr: float, seconds: float) -> dict[str, Any]:
+        state = self.state
+        positions = self.config.batch_size * self.config.accumulate * self.config.seq_len
+        state.tokens += positions
+        state.seconds += seconds
+        return {
+            "kind": "step",
+            "step": state.step,
+            "tokens": state.tokens,
+            "time_s": state.seconds,
+            "loss": reading.loss,
+            "lm_loss": reading.lm_loss,
+            "lr": lr,
+            "grad_norm": reading.grad_norm,
+            "tokens_per_s": positions / seconds,
+            "losses": reading.losses,
+            "dead": self._dead(reading),
+            **reading.record(),
+        }
+
+    def _dead(self, reading: StepReading) -> list[int]:
+        """Experts of each layer that no token chose in the last ``dead_window`` steps."""
+        used = self.state.last_used or {}
+        dead = []
+        for layer, mine in reading.layers.items():
+            last_E: Tensor = torch.tensor(used.get(str(layer), [0] * len(mine.load_E)))
+            last_E = torch.where(mine.load_E.cpu() > 0, self.state.step, last_E)
+            used[str(layer)] = last_E.tolist()
+            dead.append(int((self.state.step - last_E >= self.config.dead_window).sum()))
+        self.state.last_used = used
+        return dead
+
+    def _validate(self, log: MetricsLog) -> bool:
+        """Measure and log; returns whether this is the best so far."""
+        state = self.state
+        self.evaluation = evaluate(self.model, self.val_rows, self.val_indices, self.config.batch_size)
+        loss = self.evaluation.loss
+        where = {"step": state.step, "tokens": state.tokens, "time_s": state.seconds}
+        log.write({"kind": "val", **where, **self.evaluation.record()})
+        improved = state.best_val_loss is None or loss < state.best_val_loss
+        state.val_loss = loss
+        state.best_val_loss = loss if improved else state.best_val_loss
+        return improved
+
+    def _save(self, improved: bool) -> None:
+        state = self.state
+        run = {name: getattr(state, name) for name in state.__dataclass_fields__ if name != "step"}
+        saved = {"corpus": self.corpus.fingerprint, "sampler": self.sampler.state_dict(), "run": run}
+        save_snapshot(
+            self.folder,
+            state.step,
+            self.model,
+            self.optimizer,
+            saved,
+            self.corpus.tokenizer,
+            keep_last=self.config.keep_last,
+            is_best=improved,
+        )
+
+    def _sample(self, log: MetricsLog) -> None:
+        if not self.config.sample_tokens:
+            return
+        room = min(self.config.sample_tokens, self.config.model.max_seq_len - 1)
+        text = generate(
+            self.model,
+            "",
+            self.corpus.tokenizer,
+            max_new_tokens=room,
+            temperature=0.8,
+            top_p=0.95,
+            seed=self.config.seed,
+        )
+        log.write({"kind": "sample", "step": self.state.step, "prompt": "", "text": text})
+        atomic_file(self.folder / "sample.txt", text + "\n")
+
+
+def _router_name(model: ModelConfig) -> str:
+    assert model.moe is not None
+    return model.moe.router.name

@@ -1,0 +1,145 @@
+"""One optimiser step: losses from plans, gradients over micro-batches, the update, and what was measured on the way.
+
+Every figure of a step comes from the plans its forwards returned. With several micro-batches the language-model loss is
+the mean over all target tokens of the step (not the mean of means), balancing losses are averaged over micro-batches and
+layers, and load is one histogram per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moesaic.models.config import MoEConfig
+from moesaic.models.decoder import Decoder
+from moesaic.models.output import Output
+from moesaic.plan import read
+from moesaic.plan.plan import RoutingPlan, SoftPlan
+from moesaic.routing import LossContext, balance_loss
+from moesaic.train.guard import check_finite
+from moesaic.train.packing import IGNORE, Batch
+
+Plans = dict[int, RoutingPlan | SoftPlan]
+
+
+@dataclass
+class LayerReading:
+    """What one sparse layer did during one step, summed over micro-batches."""
+
+    load_E: Tensor
+    dropped: float = 0.0
+    entropy: float = 0.0
+    margin: float = 0.0
+    tokens: float = 0.0
+
+
+@dataclass
+class StepReading:
+    """The figures of one step. Lists have one entry per sparse layer.
+
+    Attributes:
+        loss: language-model loss plus weighted balancing losses.
+        lm_loss: nats per target token.
+        losses: unweighted balancing losses, averaged over layers.
+        grad_norm: global norm before clipping.
+    """
+
+    loss: float = 0.0
+    lm_loss: float = 0.0
+    losses: dict[str, float] = field(default_factory=dict)
+    grad_norm: float = 0.0
+    targets: int = 0
+    layers: dict[int, LayerReading] = field(default_factory=dict)
+
+    def record(self) -> dict[str, object]:
+        """The balance fields of a metrics record."""
+        layers = self.layers.values()
+        chosen = [max(int(r.load_E.sum()), 1) for r in layers]
+        tokens = [max(r.tokens, 1.0) for r in layers]
+        return {
+            "load": [r.load_E.tolist() for r in layers],
+            "max_vio": [float(read.max_violation(r.load_E)) for r in layers],
+            "drop_rate": [r.dropped / c for r, c in zip(layers, chosen, strict=True)],
+            "entropy": [r.entropy / t for r, t in zip(layers, tokens, strict=True)],
+            "margin": [r.margin / t for r, t in zip(layers, tokens, strict=True)],
+        }
+
+
+def forward(model: Decoder, batch: Batch) -> Output:
+    """The model on a packed batch; masks that would say nothing are left out, which keeps attention on its fast path."""
+    valid_BS = None if bool(batch.valid_BS.all()) else batch.valid_BS
+    documents_BS = batch.document_BS if bool((batch.document_BS[:, :1] != batch.document_BS).any()) else None
+    return model(batch.ids_BS, valid_BS=valid_BS, document_BS=documents_BS, task_BS=batch.label_BS)  # type: ignore[no-any-return]
+
+
+def lm_loss_sum(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
+    """Summed cross entropy in nats, fp32, over the positions that have a target."""
+    return F.cross_entropy(logits_BSV.flatten(0, 1).float(), targets_BS.flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+def train_step(
+    model: Decoder, optimizer: torch.optim.Optimizer, batches: Sequence[Batch], *, lr: float, clip: float, step: int
+) -> tuple[StepReading, Plans]:
+    """One update from ``batches`` (micro-batches). Returns the reading and the last micro-batch's plans.
+
+    Raises ``NonFiniteError`` naming the layer, before the update, if the loss or the gradient is not finite.
+    """
+    model.train()
+    moe = model.config.moe
+    reading = StepReading(targets=sum(int((b.targets_BS != IGNORE).sum()) for b in batches))
+    plans: Plans = {}
+    for batch in batches:
+        output = forward(model, batch)
+        plans = output.plans
+        loss = lm_loss_sum(output.logits, batch.targets_BS) / max(reading.targets, 1)
+        reading.lm_loss += loss.item()
+        _take_reading(reading, plans)
+        if moe is not None and plans and moe.losses:
+            extra, values = _balance(plans, moe, reading, num_sequences=batch.ids_BS.shape[0])
+            loss = loss + extra / len(batches)
+            for name, value in values.items():
+                reading.losses[name] = reading.losses.get(name, 0.0) + value / len(batches)
+        reading.loss += loss.item()
+        loss.backward()  # type: ignore[no-untyped-call]
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else float("inf"))
+    reading.grad_norm = norm.item()
+    check_finite(model, reading.loss, reading.grad_norm, step, lambda: forward(model, batches[-1]))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for layer, sparse in model.moe_layers().items():
+        sparse.router.after_step(reading.layers[layer].load_E)
+    return reading, plans
+
+
+def _balance(plans: Plans, moe: MoEConfig, reading: StepReading, num_sequences: int) -> tuple[Tensor, dict[str, float]]:
+    """Weighted balancing losses averaged over layers, and each one's unweighted mean."""
+    totals, values = [], dict.fromkeys(moe.losses, 0.0)
+    for layer, plan in plans.items():
+        counts_E = reading.layers[layer].load_E  # this step's micro-batches so far, this one included
+        ctx = LossContext(num_sequences, moe.loss_scope, counts_E)
+        total, parts = balance_loss(plan, moe.losses, ctx)  # type: ignore[arg-type]
+        totals.append(total)
+        for name, value in parts.items():
+            values[name] += value.item() / len(plans)
+    return torch.stack(totals).mean(), values
+
+
+def _take_reading(reading: StepReading, plans: Plans) -> None:
+    for layer, plan in plans.items():
+        load_E = read.load(plan)
+        tokens = float(plan.num_tokens if plan.valid_T is None else plan.valid_T.sum())
+        if layer not in reading.layers:
+            reading.layers[layer] = LayerReading(torch.zeros_like(load_E))
+        mine = reading.layers[layer]
+        mine.load_E = mine.load_E + load_E
+        mine.dropped += float(plan.dropped) if isinstance(plan, RoutingPlan) else 0.0
+        mine.entropy += float(read.router_entropy(plan)) * tokens
+        mine.margin += float(read.margin(plan)) * tokens
+        mine.tokens += tokens
