@@ -16,7 +16,6 @@ from moesaic.ops.grouped import Backend
 from moesaic.plan.capacity import CapacityRule
 from moesaic.routing.balance import Scope
 
-
 _MOST_LAYERS = 10_000
 
 
