@@ -37,9 +37,8 @@ class WithSpecialExperts(nn.Module):
     def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
         """Rows grouped by expert, (N, D) to (N, D). No host synchronisation: kinds are told apart by row number."""
         F = self.stacked.num_experts
-        y_ND = self.stacked(
-            x_ND, counts_E[:F]
-        )  # rows of special experts lie past its last group and come back as zeros
+        # Rows of special experts lie past the stacked ones' last group and come back as zeros.
+        y_ND = self.stacked(x_ND, counts_E[:F])
         ends_E = counts_E.cumsum(0)
         row_N1 = torch.arange(x_ND.shape[0], device=x_ND.device)[:, None]
 

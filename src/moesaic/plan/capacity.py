@@ -71,9 +71,8 @@ class CapacityRule:
             return None
         ideal = factor * num_tokens * (k if self.count_k else 1) / num_experts
         # 1e-9 absorbs binary fractions: 1.1 * 10 must not become 12 slots.
-        slots = {"ceil": math.ceil(ideal - 1e-9), "floor": math.floor(ideal + 1e-9), "round": round(ideal)}[
-            self.rounding
-        ]
+        rounded = {"ceil": math.ceil(ideal - 1e-9), "floor": math.floor(ideal + 1e-9), "round": round(ideal)}
+        slots = rounded[self.rounding]
         slots = max(slots, self.minimum if training else 0)
         slots = -(-slots // self.multiple_of) * self.multiple_of
         return min(slots, num_tokens)

@@ -105,9 +105,8 @@ def _next_best(plan: RoutingPlan, expert_N: Tensor, hit_N: Tensor, out_E: Tensor
     scores_TE = scores_TE.masked_fill(used_TE[:, :E], float("-inf"))
     ranked = torch.sort(scores_TE, dim=1, descending=True, stable=True)
     hit_TK = hit_N.view(T, -1)
-    nth_TK = (hit_TK.cumsum(1) - 1).clamp(
-        min=0, max=E - 1
-    )  # the first hit row takes the best free expert, the next the 2nd
+    # The first hit row takes the best free expert, the next the 2nd.
+    nth_TK = (hit_TK.cumsum(1) - 1).clamp(min=0, max=E - 1)
     offer_TK = torch.where(ranked.values.gather(1, nth_TK).isfinite(), ranked.indices.gather(1, nth_TK), E)
     return torch.where(hit_TK, offer_TK, expert_N.view(T, -1)).reshape(-1)
 

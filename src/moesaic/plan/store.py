@@ -41,9 +41,8 @@ def save_trace(
         plan = plan.detach()
         headers[str(layer)] = _header(plan)
         for name, tensor in _fields(plan, keep_gate).items():
-            tensors[f"{layer}/{name}"] = (
-                tensor.detach().cpu().contiguous().clone()
-            )  # layers share valid_T; safetensors refuses
+            # A copy: layers share valid_T, and safetensors refuses tensors that share memory.
+            tensors[f"{layer}/{name}"] = tensor.detach().cpu().contiguous().clone()
     text = json.dumps({"plans": headers, "info": dict(info or {})})
     path = Path(path)
     partial = path.with_name(f".{path.name}.incomplete-{os.getpid()}")
