@@ -176,7 +176,9 @@ def dense_twin(config: ModelConfig) -> ModelConfig:
             continue
         i = config.moe_layers.index(layer)
         experts = pick(moe.num_experts, i) + moe.zero + moe.copy + moe.constant
-        active = (pick(moe.k, i) + moe.shared) * pick(moe.hidden, i)
+        # Zero-computation experts may take a token's other choices: only so many feed-forward ones can be active.
+        routed = min(pick(moe.k, i), pick(moe.num_experts, i))
+        active = (routed + moe.shared) * pick(moe.hidden, i)
         hidden.append(active + round(experts / matrices))
     return replace(config, moe=None, hidden=tuple(hidden))
 
