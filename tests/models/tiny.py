@@ -43,9 +43,11 @@ def lively(config: ModelConfig, seed: int = 1) -> Decoder:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "router" in name:
-                parameter.normal_(generator=generator)
+                parameter.normal_(std=0.3, generator=generator)
+            elif name.startswith("embedding"):
+                parameter.mul_(10)
             elif name.startswith("blocks"):
-                parameter.mul_(3)
+                parameter.mul_(1.5)
     return model.eval()
 
 

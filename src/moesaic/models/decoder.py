@@ -70,6 +70,8 @@ class Decoder(nn.Module):
         Raises ``MoesaicError`` if the input is longer than ``config.max_seq_len`` or ids are outside the vocabulary.
         """
         B, S = ids_BS.shape
+        if valid_BS is not None:
+            ids_BS = torch.where(valid_BS, ids_BS, 0)  # padding may hold any number
         self._check(ids_BS, S, document_BS, cache)
         position_BS = _positions(ids_BS, valid_BS, document_BS, cache)
         attention = self._attention_context(position_BS, valid_BS, document_BS, cache)
@@ -124,6 +126,14 @@ class Decoder(nn.Module):
             raise MoesaicError(
                 f"The input is {held + S} tokens long, but this model's context is {self.config.max_seq_len}; shorten it."
             )
+        # A GPU checks by itself, and asking it here would make every step wait.
+        if ids_BS.device.type == "cpu" and ids_BS.numel() and not torch.compiler.is_compiling():
+            least, most = int(ids_BS.min()), int(ids_BS.max())
+            if least < 0 or most >= self.config.vocab_size:
+                raise MoesaicError(
+                    f"Token {least if least < 0 else most} is outside this model's vocabulary of {self.config.vocab_size}; "
+                    "use the tokenizer the model was trained with."
+                )
         if cache is not None and document_BS is not None:
             raise MoesaicError("A cache holds one document per row; pass either cache or document_BS.")
 
