@@ -171,6 +171,8 @@ def hero(runs: dict[str, Run], summary: dict[str, Any], name: str) -> str:
         for i, (label, value, below) in enumerate(_tiles(runs, verdict))
     )
     said = summary.get("verdict")
+    if said == headline:
+        said = None  # the page says it already
     quote = f'<p class="said">summary.json says: <q>{escape(text.shorten(said, 600))}</q></p>' if said else ""
     points = "".join(f"<li>{escape(sentence)}</li>" for sentence in details)
     return (
