@@ -1,0 +1,318 @@
+"""Capacity: slot counts of known code bases, priorities and overflow policies on worked examples, accounting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moesaic.errors import ConfigError
+from moesaic.plan import CapacityRule, Gate, RoutingPlan, drop_over_capacity, from_rows, from_topk
+
+
+def _one_choice(experts: list[int], weights: list[float], E: int = 4, valid: list[int] | None = None) -> RoutingPlan:
+    valid_T = None if valid is None else torch.tensor(valid, dtype=torch.bool)
+    return from_topk(torch.tensor(experts)[:, None], torch.tensor(weights)[:, None], E, valid_T=valid_T)
+
+
+def _with_scores(experts_TK: list[list[int]], probs: list[list[float]]) -> RoutingPlan:
+    expert_TK, probs_TE = torch.tensor(experts_TK), torch.tensor(probs)
+    weight_TK = probs_TE.gather(1, expert_TK.clamp(max=probs_TE.shape[1] - 1))
+    return from_topk(expert_TK, weight_TK, probs_TE.shape[1], gate=Gate(probs_TE.log(), probs_TE))
+
+
+# ---- slots ---------------------------------------------------------------------------------------------------------
+
+MESH_TF: dict[str, Any] = {"rounding": "floor", "count_k": False, "minimum": 0}
+MESH_TF_NEW = MESH_TF | {"minimum": 4}
+MEGATRON: dict[str, Any] = {"minimum": 0}
+VMOE: dict[str, Any] = {"multiple_of": 4, "minimum": 1}
+
+
+@pytest.mark.parametrize(
+    ("rule", "T", "k", "E", "slots"),
+    [
+        ({"factor": 1.25} | MESH_TF, 100, 2, 16, 7),  # int(100 * 1.25 / 16 = 7.8), no k even for top-2
+        ({"factor": 1.25} | MESH_TF_NEW, 10, 2, 16, 4),
+        ({"factor": 9.0} | MESH_TF, 10, 1, 4, 10),  # never more than the tokens
+        ({"factor": 1.25}, 100, 2, 16, 16),  # DeepSpeed: ceil(2 * 1.25 * 100 / 16 = 15.6)
+        ({"factor": 1.0}, 10, 1, 16, 4),  # DeepSpeed's min_capacity 4
+        ({"factor": 1.0, "minimum": 8}, 64, 1, 16, 8),
+        ({"factor": 1.0} | MEGATRON, 10, 1, 16, 1),
+        ({"factor": 1.25} | MEGATRON, 64, 6, 64, 8),  # ceil(7.5)
+        ({"factor": 1.05} | VMOE, 1000, 2, 32, 68),  # ceil(65.6) = 66, up to a multiple of 4
+        ({"factor": 1.05, "rounding": "round"} | VMOE, 1000, 2, 32, 68),
+        ({"factor": 1.0, "rounding": "round", "minimum": 0}, 9, 1, 4, 2),  # 2.25
+        ({"factor": 1.1, "minimum": 0}, 10, 1, 1, 10),
+        ({"factor": 1.1, "minimum": 0}, 100, 1, 10, 11),  # 1.1 * 10 is 11.000000000000002 in binary
+        ({"factor": 1.0, "minimum": 0, "multiple_of": 8}, 6, 1, 1, 6),  # clipped to T last
+        ({"factor": 1.0}, 0, 2, 4, 0),
+    ],
+)
+def test_slots_of_the_code_bases(rule: dict[str, Any], T: int, k: int, E: int, slots: int) -> None:
+    assert CapacityRule(**rule).slots(T, k, E) == slots
+
+
+def test_slots_in_evaluation() -> None:
+    assert CapacityRule(eval_factor=2.0).slots(16, 1, 16, training=False) == 2  # the minimum is for training
+    assert CapacityRule(eval_factor=None).slots(16, 1, 16, training=False) is None
+    plan = _one_choice([0] * 6, [1.0] * 6)
+    assert CapacityRule(eval_factor=None).apply(plan, training=False) is plan
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"factor": 0.0}, "capacity.factor must be above 0, not 0.0"),
+        ({"factor": float("nan")}, "capacity.factor must be above 0"),
+        ({"eval_factor": -1.0}, "capacity.eval_factor must be above 0"),
+        ({"multiple_of": 0}, "at least 1"),
+        ({"groups": 0}, "at least 1"),
+        ({"minimum": -1}, "at least 0"),
+        ({"overflow": "fallback_expert"}, "set both or neither"),
+        ({"fallback_expert": 1}, "set both or neither"),
+    ],
+)
+def test_impossible_rules_are_refused(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        CapacityRule(**fields)
+
+
+# ---- who goes first ------------------------------------------------------------------------------------------------
+
+
+def test_ten_tokens_for_one_expert_with_four_slots() -> None:
+    weights = [0.1, 0.9, 0.2, 0.8, 0.3, 0.7, 0.4, 0.6, 0.5, 0.55]
+    plan = _one_choice([0] * 10, weights)
+    by_position = drop_over_capacity(plan, 4)
+    assert by_position.kept_N.nonzero().flatten().tolist() == [0, 1, 2, 3]
+    by_weight = drop_over_capacity(plan, 4, priority="probability")
+    assert by_weight.kept_N.nonzero().flatten().tolist() == [1, 3, 5, 7]
+    assert drop_over_capacity(plan, 4, priority="batch").kept_N.nonzero().flatten().tolist() == [1, 3, 5, 7]
+    for capped in (by_position, by_weight):
+        assert capped.counts_E.tolist() == [4, 0, 0, 0]
+        assert capped.choice_counts_E.tolist() == [10, 0, 0, 0]
+        assert int(capped.dropped) == 6
+        assert (capped.weight_N[~capped.kept_N] == 0).all()
+        assert torch.equal(capped.weight_N[capped.kept_N], plan.weight_N[capped.kept_N])
+
+
+# Token: first choice, second choice (weights). Expert 0 is wanted by a (1st), b (2nd), c (1st), d (2nd).
+TWO = from_topk(
+    torch.tensor([[0, 1], [2, 0], [0, 3], [1, 0]]),
+    torch.tensor([[0.5, 0.4], [0.9, 0.1], [0.7, 0.3], [0.8, 0.2]]),
+    4,
+)
+
+
+@pytest.mark.parametrize(
+    ("priority", "slots", "expert_0"),
+    [
+        ("position", 1, [0]),
+        ("position", 2, [0, 2]),  # first choices of a and c before b's second
+        ("position", 3, [0, 1, 2]),
+        ("probability", 1, [2]),  # c .7
+        ("probability", 3, [0, 2, 3]),  # then a .5, d .2
+        ("batch", 1, [2]),  # tokens b .9, d .8, c .7, a .5: the first first choice for expert 0 is c's
+        ("batch", 2, [0, 2]),
+        ("batch", 3, [0, 1, 2]),  # then second choices: b's before d's
+    ],
+)
+def test_priorities_with_two_choices(priority: Any, slots: int, expert_0: list[int]) -> None:
+    capped = drop_over_capacity(TWO, slots, priority=priority)
+    assert sorted(capped.token_N[capped.expert_N == 0].tolist()) == expert_0
+
+
+def test_random_priority_follows_its_generator() -> None:
+    plan = _one_choice([0] * 12, [1.0] * 12)
+
+    def kept(seed: int) -> list[int]:
+        generator = torch.Generator().manual_seed(seed)
+        return drop_over_capacity(plan, 4, priority="random", generator=generator).kept_N.nonzero().flatten().tolist()
+
+    assert kept(1) == kept(1)
+    assert len({tuple(kept(seed)) for seed in range(8)}) > 4
+    assert all(len(kept(seed)) == 4 for seed in range(8))
+
+
+def test_loose_rows_have_priorities_too() -> None:
+    plan = from_rows(
+        torch.tensor([3, 1, 0, 2]), torch.zeros(4, dtype=torch.int64), torch.tensor([0.4, 0.1, 0.2, 0.9]), 4, 2
+    )
+    assert sorted(plan.token_N[drop_over_capacity(plan, 2).kept_N].tolist()) == [0, 1]
+    for priority in ("probability", "batch"):
+        kept_N = drop_over_capacity(plan, 2, priority=priority).kept_N  # type: ignore[arg-type]
+        assert sorted(plan.token_N[kept_N].tolist()) == [2, 3]
+
+
+def test_padding_takes_no_slot_and_does_not_count_as_a_token() -> None:
+    plan = _one_choice([0] * 8, [1.0] * 8, valid=[0, 0, 1, 0, 1, 1, 1, 0])
+    assert drop_over_capacity(plan, 2).kept_N.nonzero().flatten().tolist() == [2, 4]
+    # 4 valid tokens, 4 experts, factor 1: one slot, not two.
+    assert int(CapacityRule(factor=1.0, minimum=0).apply(plan, training=True).counts_E[0]) == 1
+
+
+def test_groups_have_slots_of_their_own() -> None:
+    plan = _one_choice([0, 0, 0, 1, 0, 0], [1.0] * 6)
+    assert drop_over_capacity(plan, 1).kept_N.nonzero().flatten().tolist() == [0, 3]
+    assert drop_over_capacity(plan, 1, groups=2).kept_N.nonzero().flatten().tolist() == [0, 3, 4]
+    assert drop_over_capacity(plan, 1, groups=3).kept_N.nonzero().flatten().tolist() == [0, 2, 3, 4]
+    # T per group: 6 tokens, 2 groups, 4 experts, factor 1.25: ceil(3 * 1.25 / 4) = 1 slot each.
+    rule = CapacityRule(factor=1.25, minimum=0, groups=2)
+    assert rule.apply(plan, training=True).kept_N.nonzero().flatten().tolist() == [0, 3, 4]
+
+
+# ---- what happens to the rest --------------------------------------------------------------------------------------
+
+
+def test_residual_and_shared_send_nowhere() -> None:
+    plan = _one_choice([0, 0, 1], [0.5, 0.6, 0.7])
+    for overflow in ("residual", "shared"):
+        capped = drop_over_capacity(plan, 1, overflow=overflow)  # type: ignore[arg-type]
+        assert capped.expert_N.tolist() == [0, 4, 1]
+
+
+def test_fallback_expert_has_no_limit_and_keeps_the_weight() -> None:
+    plan = _one_choice([0, 0, 3, 3, 0], [0.5, 0.6, 0.7, 0.8, 0.9])
+    capped = drop_over_capacity(plan, 1, overflow="fallback_expert", fallback_expert=3)
+    assert capped.expert_N.tolist() == [0, 3, 3, 3, 3]
+    assert capped.weight_N.tolist() == pytest.approx([0.5, 0.6, 0.7, 0.8, 0.9])
+    assert int(capped.dropped) == 0
+    with pytest.raises(ConfigError, match="must name one of the 4 experts, not 9"):
+        drop_over_capacity(plan, 1, overflow="fallback_expert", fallback_expert=9)
+
+
+def test_next_best_one_choice() -> None:
+    plan = _with_scores(
+        [[0], [0], [0], [1]],
+        [[0.9, 0.06, 0.04], [0.5, 0.4, 0.1], [0.6, 0.1, 0.3], [0.2, 0.7, 0.1]],
+    )
+    capped = drop_over_capacity(plan, 1, overflow="next_best")
+    # Token 0 keeps expert 0 and token 3 expert 1. Token 2's second choice, expert 2, is offered a round before token 1's
+    # third, which is the same expert: token 1 is left without a seat.
+    assert capped.expert_N.tolist() == [0, 3, 2, 1]
+    assert capped.weight_N.tolist() == pytest.approx([0.9, 0.0, 0.6, 0.7])
+
+
+def test_next_best_never_gives_a_token_one_expert_twice() -> None:
+    plan = _with_scores(
+        [[0, 1], [0, 1], [0, 1], [0, 1]],
+        [[0.4, 0.3, 0.2, 0.1], [0.4, 0.3, 0.2, 0.1], [0.4, 0.3, 0.1, 0.2], [0.4, 0.3, 0.1, 0.2]],
+    )
+    capped = drop_over_capacity(plan, 2, overflow="next_best")
+    assert capped.expert_TK.tolist() == [[0, 1], [0, 1], [3, 2], [3, 2]]
+    tight = drop_over_capacity(plan, 1, overflow="next_best")
+    assert tight.expert_TK[0].tolist() == [0, 1]
+    assert sorted(tight.expert_TK[1:].flatten().tolist()) == [2, 3, 4, 4, 4, 4]
+    assert int(tight.dropped) == 4
+
+
+def test_next_best_does_not_revive_padding_or_seats_the_router_left_empty() -> None:
+    plan = from_topk(
+        torch.tensor([[0, 3], [0, 1], [0, 1]]),
+        torch.full((3, 2), 0.5),
+        3,
+        valid_T=torch.tensor([True, False, True]),
+        gate=Gate(torch.zeros(3, 3), torch.full((3, 3), 1 / 3)),
+    )
+    capped = drop_over_capacity(plan, 1, overflow="next_best")
+    assert capped.expert_TK.tolist() == [[0, 3], [3, 3], [2, 1]]
+
+
+def test_reroute_to_free_fills_the_lowest_free_slots_in_priority_order() -> None:
+    plan = _one_choice([0, 0, 0, 0, 2, 0], [0.1, 0.9, 0.5, 0.6, 0.3, 0.2], E=3)
+    capped = drop_over_capacity(plan, 2, overflow="reroute_to_free")
+    assert capped.expert_N.tolist() == [0, 0, 1, 1, 2, 2]
+    by_weight = drop_over_capacity(plan, 2, overflow="reroute_to_free", priority="probability")
+    assert by_weight.expert_N.tolist() == [2, 0, 1, 0, 2, 1]
+    full = drop_over_capacity(plan, 1, overflow="reroute_to_free")
+    assert full.expert_N.tolist() == [0, 1, 3, 3, 2, 3]
+    grouped = drop_over_capacity(plan, 1, overflow="reroute_to_free", groups=2)
+    assert grouped.expert_N.tolist() == [0, 1, 2, 0, 2, 1]
+
+
+def test_next_best_needs_scores() -> None:
+    with pytest.raises(ConfigError, match="next_best"):
+        drop_over_capacity(_one_choice([0, 0], [1.0, 1.0]), 1, overflow="next_best")
+
+
+def test_renormalise_after_the_drop() -> None:
+    plan = from_topk(torch.tensor([[0, 1], [0, 1], [0, 2]]), torch.tensor([[0.75, 0.25], [0.6, 0.3], [0.5, 0.5]]), 3)
+    before = drop_over_capacity(plan, 1)
+    assert before.weight_N.tolist() == pytest.approx([0.75, 0.25, 0, 0, 0, 0.5])  # GShard: normalised before
+    after = drop_over_capacity(plan, 1, renormalize=True)
+    assert after.weight_N.tolist() == pytest.approx([0.75, 0.25, 0, 0, 0, 1.0])  # DeepSpeed: the survivor takes all
+    # The sum before the drop is what is restored, not 1.
+    some = drop_over_capacity(plan.send(torch.tensor([0, 1, 3, 1, 0, 2])), 1, renormalize=True)
+    assert some.weight_N.tolist() == pytest.approx([0.75, 0.25, 0, 0, 0, 1.0])
+
+
+def test_renormalised_weights_carry_gradient() -> None:
+    logits_TK = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    plan = from_topk(torch.tensor([[0, 1], [0, 2], [0, 3]]), logits_TK.sigmoid(), 4)
+    capped = drop_over_capacity(plan, 1, renormalize=True)
+    (grad,) = torch.autograd.grad(capped.weight_N[3], logits_TK)
+    # w2' = (s1 + s2): both scores of token 1 matter, no other.
+    s = logits_TK.detach().sigmoid()
+    expected = torch.zeros_like(s)
+    expected[1] = s[1] * (1 - s[1])
+    torch.testing.assert_close(grad, expected)
+
+
+# ---- accounting ----------------------------------------------------------------------------------------------------
+
+PRIORITIES = ["position", "probability", "batch", "random"]
+OVERFLOWS = ["residual", "shared", "next_best", "reroute_to_free"]
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    T=st.integers(0, 12),
+    E=st.integers(1, 6),
+    k=st.integers(1, 3),
+    slots=st.integers(0, 6),
+    groups=st.integers(1, 3),
+    priority=st.sampled_from(PRIORITIES),
+    overflow=st.sampled_from(OVERFLOWS),
+    padding=st.booleans(),
+)
+def test_accounting_adds_up(
+    seed: int, T: int, E: int, k: int, slots: int, groups: int, priority: Any, overflow: Any, padding: bool
+) -> None:
+    k = min(k, E)
+    generator = torch.Generator().manual_seed(seed)
+    logits_TE = torch.randn(T, E, generator=generator) * 2
+    probs_TE = logits_TE.softmax(dim=1)
+    valid_T = torch.rand(T, generator=generator) > 0.3 if padding else None
+    top = probs_TE.topk(k, dim=1)
+    plan = from_topk(top.indices, top.values, E, valid_T=valid_T, gate=Gate(logits_TE, probs_TE))
+    capped = drop_over_capacity(plan, slots, priority=priority, overflow=overflow, groups=groups)
+    chosen, kept = int((plan.choice_N < E).sum()), int(capped.kept_N.sum())
+    assert kept + int(capped.dropped) == chosen
+    assert int(capped.counts_E.sum()) == kept
+    assert torch.equal(capped.choice_N, plan.choice_N)
+    assert torch.equal(capped.weight_N, torch.where(capped.kept_N, plan.weight_N, 0.0))
+    group_N = plan.token_N * groups // max(T, 1)
+    for group in range(groups):
+        here_N = capped.kept_N & (group_N == group)
+        counts_E = torch.bincount(capped.expert_N[here_N], minlength=E)
+        assert int(counts_E.max()) <= slots
+        # Nobody is turned away while there is room: a lost row's expert (for rerouting, every expert) is full.
+        lost_N = (plan.choice_N < E) & ~capped.kept_N & (group_N == group)
+        if overflow == "reroute_to_free":
+            assert not lost_N.any() or (counts_E == slots).all()
+        elif overflow != "next_best":
+            assert (counts_E[plan.choice_N[lost_N]] == slots).all()
+    if overflow == "next_best":
+        for row in capped.expert_TK.tolist():
+            real = [e for e in row if e < E]
+            assert len(real) == len(set(real))
+        for t, row in enumerate(capped.expert_TK.tolist()):
+            for choice, expert in zip(plan.choice_TK[t].tolist(), row, strict=True):
+                if choice < E and expert == E:  # dropped only if all experts it does not already use are full
+                    group = int(group_N[t * k])
+                    counts_E = torch.bincount(capped.expert_N[capped.kept_N & (group_N == group)], minlength=E)
+                    assert all(int(counts_E[e]) >= slots for e in range(E) if e not in row)
