@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import inspect
 import json as json_module
-import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
 from rich.console import Console
-from tyro.conf import AvoidSubcommands, FlagCreatePairsOff, Positional, arg
+from tyro.conf import Positional, arg
 
 import moesaic
 from moesaic.checkpoint.native import load_config
@@ -25,16 +24,18 @@ from moesaic.config import apply_overrides, from_dict, load_config_file, to_dict
 from moesaic.cost.count import count_parameters
 from moesaic.cost.devices import doctor as examine
 from moesaic.cost.devices import format_doctor
-from moesaic.errors import ConfigError, MoesaicError, nearest
+from moesaic.errors import ConfigError, nearest
 from moesaic.infer.generate import generate_texts
 from moesaic.infer.sampling import SamplingConfig
-from moesaic.models import ModelConfig, build_model
+from moesaic.models import Decoder, ModelConfig, build_model
 from moesaic.quickstart import run_quickstart, show_comparison
 from moesaic.report.page import write_report
 from moesaic.routing import ROUTERS
+from moesaic.terminal import guarded, parse, visible
 from moesaic.train.config import DataConfig, TrainConfig
 from moesaic.train.corpus import load_corpus, load_store
 from moesaic.train.evaluate import evaluate, spread
+from moesaic.train.log import finite
 from moesaic.train.loop import fit_vocabulary, load_run_config, run_training
 from moesaic.train.packing import PackedRows
 from moesaic.train.recipes import RECIPES
@@ -48,8 +49,8 @@ Json = Annotated[bool, arg(name="json", help="Print the result as one JSON objec
 
 def quickstart(
     out: Annotated[Path, arg(help="Folder for both runs and the report.")] = Path("quickstart"),
-    steps: Annotated[int | None, arg(help="Optimiser steps of each model.")] = None,
-    seed: Annotated[int, arg(help="Seed of initialisation and data order.")] = 0,
+    steps: Annotated[int | None, arg(metavar="INT", help="Optimiser steps of each model.")] = None,
+    seed: Annotated[int | None, arg(metavar="INT", help="Seed of initialisation and data order.")] = None,
     set_: Overrides = (),
     resume: Annotated[bool, arg(help="Go on with an interrupted quickstart.")] = False,
     json: Json = False,
@@ -61,7 +62,9 @@ def quickstart(
       moesaic quickstart --out /tmp/try --steps 50
       moesaic quickstart --set model.moe.num_experts=32 model.moe.k=4 optim.lr=2e-3
     """
-    config = _override(to_dict(RECIPES["quickstart"]()), set_, steps=steps, seed=seed)
+    start = load_run_config(out / "sparse") if resume else RECIPES["quickstart"]()
+    config = _override(to_dict(start), set_, steps=steps, seed=seed)
+    _refuse_taken(out, resume=resume, twin=True)
     comparison = run_quickstart(config, out, resume=resume, console=_console(json))
     if json:
         _print_json({"folder": str(out), "report": str(comparison.report), **comparison.summary})
@@ -71,10 +74,10 @@ def quickstart(
 def train(
     data: Annotated[tuple[str, ...], arg(help='Files, folders, globs, hf://owner/name; or "stdlib".')] = (),
     out: Annotated[Path, arg(help="Run folder.")] = Path("runs/latest"),
-    config: Annotated[Path | None, arg(help="A .json or .toml file with any of the settings.")] = None,
+    config: Annotated[Path | None, arg(metavar="PATH", help="A .json or .toml file with any of the settings.")] = None,
     recipe: Annotated[Literal["small", "quickstart"], arg(help="Where settings not given come from.")] = "small",
-    steps: Annotated[int | None, arg(help="Optimiser steps.")] = None,
-    seed: Annotated[int | None, arg(help="Seed of initialisation, data order and noise.")] = None,
+    steps: Annotated[int | None, arg(metavar="INT", help="Optimiser steps.")] = None,
+    seed: Annotated[int | None, arg(metavar="INT", help="Seed of initialisation, data order and noise.")] = None,
     set_: Overrides = (),
     twin: Annotated[bool, arg(help="Also train the dense twin on the same tokens and compare.")] = False,
     resume: Annotated[bool, arg(help="Go on with the run in --out from its last checkpoint.")] = False,
@@ -89,41 +92,37 @@ def train(
       moesaic train --data stdlib --twin --out runs/twins
       moesaic train --resume --out runs/books
     """
-    console = _console(json)
-    explicit: dict[str, Any] = {}
-    if resume and config is None and not data:
-        saved = out / "sparse" if twin else out
-        settings, explicit = to_dict(load_run_config(saved)), {"model": {"vocab_size": 1}}
-    else:
-        settings = to_dict(RECIPES[recipe]())
-        if config is not None:
-            explicit = load_config_file(config)
-            settings = _merge(settings, explicit)
-        if data:
-            settings["data"]["sources"] = list(data)
-        elif recipe == "small" and not settings["data"]["sources"]:
-            raise ConfigError(
-                "There is no text to train on; name it with --data, for example --data books/ or --data stdlib."
-            )
+    say = _say(_console(json))
+    saved = out / "sparse" if twin else out
+    # Resuming goes by the saved settings; where nothing was saved yet, the same command line starts the run anew.
+    going_on = resume and ((saved / "config.json").exists() or not (data or config))
+    settings = to_dict(load_run_config(saved) if going_on else RECIPES[recipe]())
+    given = {} if config is None else load_config_file(config)
+    settings = _merge(settings, given)
+    if data and isinstance(settings["data"], dict):
+        settings["data"]["sources"] = list(data)
     run = _override(settings, set_, steps=steps, seed=seed)
-    fixed = "vocab_size" in (explicit.get("model") or {}) or any(s.startswith("model.vocab_size=") for s in set_)
-
-    def say(sentence: str) -> None:
-        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
-
-    with StopRequest(say) as stop:
-        corpus = load_corpus(run.data, run.seed, say)
-        run = fit_vocabulary(run, corpus, explicit=fixed)
-        if twin:
+    if not run.data.sources:
+        raise ConfigError(
+            "There is no text to train on; name it with --data, for example --data books/ or --data stdlib."
+        )
+    _refuse_taken(out, resume=resume, twin=twin)
+    corpus = load_corpus(run.data, run.seed, say)
+    fixed = going_on or "vocab_size" in given.get("model", {}) or any(s.startswith("model.vocab_size=") for s in set_)
+    run = fit_vocabulary(run, corpus, explicit=fixed)
+    again = f"moesaic train --resume --out {shlex.quote(str(out))}"
+    if twin:
+        with StopRequest(say, resume_with=f"{again} --twin") as stop:
             comparison = run_twins(run, corpus, out, resume=resume, say=say, stop=stop)
-            show_comparison(comparison, console)
-            if json:
-                _print_json({"folder": str(out), "report": str(comparison.report), **comparison.summary})
-            return 0 if comparison.finished else 130
+        show_comparison(comparison, _console(json), resume_with=f"{again} --twin")
+        if json:
+            _print_json({"folder": str(out), "report": str(comparison.report), **comparison.summary})
+        return 0 if comparison.finished else 130
+    with StopRequest(say, resume_with=again) as stop:
         result = run_training(run, corpus, out, resume=resume, say=say, stop=stop)
     report_path = write_report(out)
     if result.reason == "interrupted":
-        say(f"Stopped at step {result.step}. Go on with: moesaic train --resume --out {out}")
+        say(f"Stopped at step {result.step} of {run.steps}. Go on with: {again}")
     else:
         loss = "not measured" if result.val_loss is None else f"{result.val_loss:.4f} nats per token"
         rate = f"{result.tokens_per_s:,.0f} tokens/s"
@@ -138,9 +137,11 @@ def evaluate_command(
     model: Annotated[Positional[Path], arg(metavar="MODEL", help="Model directory, run or comparison folder.")],
     data: Annotated[tuple[str, ...], arg(help="Text to evaluate on; without it, the run's own validation text.")] = (),
     rows: Annotated[int, arg(help="Rows of text to use, spread over it; 0 uses all.")] = 0,
-    seq_len: Annotated[int | None, arg(help="Positions of a row; the training length, or the model's context.")] = None,
+    seq_len: Annotated[int | None, arg(metavar="INT", help="Positions of a row; by default as in training.")] = None,
     batch_size: Annotated[int, arg(help="Rows computed together.")] = 16,
-    label_field: Annotated[str | None, arg(help="Field of JSONL or parquet that holds the domain.")] = None,
+    label_field: Annotated[
+        str | None, arg(metavar="NAME", help="Field of JSONL or parquet that holds the domain.")
+    ] = None,
     json: Json = False,
 ) -> int:
     """Measure loss and perplexity, in all and by domain.
@@ -150,6 +151,9 @@ def evaluate_command(
       moesaic eval runs/books --data other.txt --rows 200
       moesaic eval quickstart/dense --json
     """
+    _at_least("--rows", rows, 0)
+    _at_least("--batch-size", batch_size, 1)
+    _at_least("--seq-len", 1 if seq_len is None else seq_len, 1)
     folder = resolve_model_folder(model)
     loaded = moesaic.load(folder)
     if loaded.tokenizer is None:
@@ -157,11 +161,7 @@ def evaluate_command(
             f"{folder} has no tokenizer.json, so text cannot be read with it; add the tokenizer to the folder."
         )
     trained = _training_config(folder)
-    console = _console(json)
-
-    def say(sentence: str) -> None:
-        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
-
+    say = _say(_console(json))
     if data:
         # All of it counts as validation text: nothing here was trained on, as far as we know.
         settings = DataConfig(sources=tuple(data), label_field=label_field)
@@ -205,20 +205,23 @@ def generate(
       moesaic generate runs/books --prompt 'It was' 'She said' --temperature 0
       moesaic generate runs/books --max-new-tokens 300 --top-p 0.9 --stop '\\n\\n'
     """
-    loaded = moesaic.load(model)
+    if not prompt:
+        raise ConfigError('--prompt needs a text, for example --prompt "Once upon"; leave it out to start a document.')
+    stops = tuple(map(_unescaped, stop))
     sampling = SamplingConfig(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
+    loaded = moesaic.load(model)
     prompts = list(prompt)
-    stops = tuple(s.encode("latin-1", "backslashreplace").decode("unicode_escape") for s in stop)
     live = len(prompts) == 1 and not json
+    unshown = prompts[0]
 
     def show(_row: int, piece: str) -> None:
-        sys.stdout.write(piece)
+        nonlocal unshown
+        sys.stdout.write(visible(unshown + piece))
         sys.stdout.flush()
+        unshown = ""
 
-    if live:
-        show(0, prompts[0])
     texts, generation = generate_texts(
         loaded,
         prompts,
@@ -237,9 +240,9 @@ def generate(
         return 0
     if not live:
         for p, text in zip(prompts, texts, strict=True):
-            print(f"--- {p}\n{p}{text}\n")
+            print(visible(f"--- {p}\n{p}{text}\n"))
     else:
-        print()
+        print(visible(unshown))
     rate = generation.decode_tokens_per_s
     print(
         f"[{generation.decode_tokens} tokens at {rate:.0f} tokens/s, {', '.join(generation.finish)}]", file=sys.stderr
@@ -249,7 +252,7 @@ def generate(
 
 def report(
     folder: Annotated[Positional[Path], arg(metavar="FOLDER", help="A run or comparison folder.")],
-    out: Annotated[Path | None, arg(help="Where to write the page; report.html in the folder.")] = None,
+    out: Annotated[Path | None, arg(metavar="PATH", help="Where to write the page; report.html in the folder.")] = None,
     json: Json = False,
 ) -> int:
     """Write one self-contained page about a run: losses, load, entropy, drops, domains per expert, a sample.
@@ -277,7 +280,7 @@ def info(
       moesaic info run.toml --json
     """
     config = _model_config(model)
-    counts = count_parameters(build_model(config, device="meta"))
+    counts = count_parameters(_shape(config))
     moe = config.moe
     facts = {
         "layers": config.num_layers,
@@ -367,20 +370,7 @@ def summary(function: Callable[..., int]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``moesaic`` and ``python -m moesaic``; ends the process with the command's exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
-    try:
-        sys.exit(_run(args))
-    except MoesaicError as error:
-        if "--json" in args:
-            _print_json({"error": str(error)})
-        print(f"moesaic: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("moesaic: interrupted.", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        # The reader went away (moesaic ... | head); there is nobody left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+    sys.exit(guarded(lambda: _run(args), json="--json" in args))
 
 
 def _run(args: list[str]) -> int:
@@ -394,14 +384,11 @@ def _run(args: list[str]) -> int:
     if name not in COMMANDS:
         raise ConfigError(f'There is no command "{name}".{nearest(name, COMMANDS)} Commands: {", ".join(COMMANDS)}.')
     warnings.showwarning = _show_warning
-    function = COMMANDS[name]
-    description = inspect.getdoc(function)
-    config = (AvoidSubcommands, FlagCreatePairsOff)
-    return tyro.cli(function, args=rest, prog=f"moesaic {name}", description=description, config=config)
+    return parse(COMMANDS[name], name, rest)()
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"moesaic: warning: {message}", file=sys.stderr)
+    print(f"moesaic: warning: {visible(str(message))}", file=sys.stderr)
 
 
 def _console(json: bool) -> Console:
@@ -409,8 +396,15 @@ def _console(json: bool) -> Console:
     return Console(stderr=json, highlight=False)
 
 
+def _say(console: Console) -> Callable[[str], None]:
+    def say(sentence: str) -> None:
+        console.print(visible(sentence), markup=False, highlight=False, soft_wrap=True)
+
+    return say
+
+
 def _print_json(value: dict[str, Any]) -> None:
-    print(json_module.dumps(value, default=str))
+    print(json_module.dumps(finite(value), default=str, allow_nan=False))
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -431,7 +425,47 @@ def _override(
         settings["steps"] = steps
     if seed is not None:
         settings["seed"] = seed
-    return from_dict(TrainConfig, settings)
+    config = from_dict(TrainConfig, settings)
+    _shape(config.model)
+    return config
+
+
+def _shape(config: ModelConfig) -> Decoder:
+    """The model without memory. Raises ``ConfigError`` for whatever cannot be built, before any text is read."""
+    try:
+        return build_model(config, device="meta")
+    except (RuntimeError, TypeError) as error:
+        if "overflow" not in str(error).lower():
+            raise
+        raise ConfigError(f"No memory can hold this model ({str(error).splitlines()[0]}); lower its sizes.") from None
+
+
+def _refuse_taken(out: Path, *, resume: bool, twin: bool) -> None:
+    """Stop before any text is read if ``out`` holds something that a new run would damage or be mixed up with."""
+    parts = [out / "sparse", out / "dense"] if twin else [out]
+    if not resume and any((part / "checkpoints").exists() for part in parts):
+        raise ConfigError(
+            f"{out} already holds a training run; add --resume to go on with it, or choose another --out."
+        )
+    if (out / "manifest.json").exists():
+        raise ConfigError(f"{out} is a model directory, which a run would overwrite; choose another --out.")
+    if twin and (out / "checkpoints").exists():
+        raise ConfigError(f"{out} holds a single run, not a comparison; choose another --out.")
+    if not twin and (out / "sparse" / "checkpoints").exists():
+        raise ConfigError(f"{out} holds a comparison (sparse/ and dense/); add --twin, or choose another --out.")
+
+
+def _at_least(option: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"{option} must be at least {least}, not {value}.")
+
+
+def _unescaped(text: str) -> str:
+    """A stop string with its escapes (``\\n``, ``\\t``, ``\\\\``) read."""
+    try:
+        return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
+    except UnicodeDecodeError:
+        raise ConfigError(f'The stop string "{text}" ends in half an escape; write a backslash as \\\\.') from None
 
 
 def _model_config(path: Path) -> ModelConfig:

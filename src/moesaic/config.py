@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import math
 import tomllib
 import types
 import typing
@@ -20,28 +22,33 @@ from moesaic.errors import ConfigError, nearest
 C = TypeVar("C")
 
 
-def from_dict(cls: type[C], data: Any, where: str = "config") -> C:
+def from_dict(cls: type[C], data: Any, where: str = "") -> C:
     """Build the dataclass ``cls`` from plain JSON ``data``.
 
-    ``where`` is the dotted name shown in errors. Raises ``ConfigError`` on an unknown or missing key or a wrong type.
+    ``where`` is the dotted name of ``data`` shown in errors; nested settings are named below it.
+    Raises ``ConfigError`` on an unknown or missing key or a wrong type.
     """
     if not isinstance(data, dict):
-        raise ConfigError(f"{where} must be a table of settings, not {_show(data)}.")
+        raise ConfigError(f"{where or 'The config'} must be a table of settings, not {_show(data)}.")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in data:
         if key not in fields:
             raise ConfigError(
-                f'Unknown key "{key}" in {where}.{nearest(str(key), fields)} Valid keys: {", ".join(fields)}.'
+                f'Unknown key "{key}" in {where or "the config"}.{nearest(str(key), fields)} '
+                f"Valid keys: {', '.join(fields)}."
             )
     hints = typing.get_type_hints(cls)
-    values = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()}
+    prefix = f"{where}." if where else ""
+    values = {key: _convert(hints[key], value, f"{prefix}{key}") for key, value in data.items()}
     missing = [
         f.name
         for f in fields.values()
         if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise ConfigError(f"{where} lacks the required key{'s' if len(missing) > 1 else ''} {', '.join(missing)}.")
+        raise ConfigError(
+            f"{where or 'The config'} lacks the required key{'s' if len(missing) > 1 else ''} {', '.join(missing)}."
+        )
     return cls(**values)
 
 
@@ -76,7 +83,7 @@ def load_config_file(path: str | Path) -> dict[str, Any]:
 
 def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Return ``data`` with each ``a.b.c=value`` applied; values are JSON where they parse, else strings."""
-    data = json.loads(json.dumps(data))
+    data = copy.deepcopy(data)
     for item in overrides:
         name, equals, text = item.partition("=")
         if not equals or not name:
@@ -100,7 +107,7 @@ def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str,
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin = get_origin(hint)
     if hint is Any:
-        return value
+        return _plain(value, where)
     if origin in (Union, types.UnionType):
         return _convert_union(get_args(hint), value, where)
     if origin is typing.Literal:
@@ -115,7 +122,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return value if isinstance(value, hint) else from_dict(hint, value, where)  # type: ignore[arg-type]
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise ConfigError(f"{where} must be a list, not {_show(value)}.")
+            raise ConfigError(f"{where} must be a list such as {_show([value])}, not {_show(value)}.")
         inner = get_args(hint)[0]
         return tuple(_convert(inner, v, f"{where}[{i}]") for i, v in enumerate(value))
     if origin is dict:
@@ -130,8 +137,21 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return None
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(f"{where} must be {_NAMES.get(hint, hint.__name__)}, not {_show(value)}.")
-    if hint is float and (value != value or value in (float("inf"), float("-inf"))):
+    if hint is float and not math.isfinite(value):
         raise ConfigError(f"{where} must be a finite number, not {value}.")
+    return value
+
+
+def _plain(value: Any, where: str) -> Any:
+    """``value`` if JSON can hold it: free-form options are saved and must come back."""
+    if isinstance(value, dict):
+        return {str(key): _plain(inner, f"{where}.{key}") for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner, f"{where}[{i}]") for i, inner in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where} must be a finite number, not {value}.")
+    if value is not None and not isinstance(value, str | int | float):
+        raise ConfigError(f"{where} must be a text, a number, true or false, a list or a table, not {_show(value)}.")
     return value
 
 

@@ -48,6 +48,7 @@ _WRITE_ERRORS = {
     errno.ENOTDIR: "a part of the path is a file, not a folder; choose another path",
     errno.EEXIST: "a file stands where a folder is needed; choose another path",
     errno.EISDIR: "a folder stands where a file is needed; choose another path",
+    errno.ENOENT: "no folder can be made there; choose another path",
     errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
     errno.EIO: "the disk reported an input/output error; choose another disk",
 }

@@ -5,6 +5,7 @@ Uses the text that every Python installation carries (sources, tests, documentat
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -12,6 +13,7 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
+from moesaic.terminal import visible
 from moesaic.train.config import TrainConfig
 from moesaic.train.corpus import load_corpus
 from moesaic.train.loop import fit_vocabulary
@@ -23,17 +25,18 @@ def run_quickstart(config: TrainConfig, out: Path, *, resume: bool, console: Con
     """Train both models and print what came of it. Raises ``MoesaicError`` in words."""
 
     def say(sentence: str) -> None:
-        console.print(sentence, markup=False, highlight=False)
+        console.print(visible(sentence), markup=False, highlight=False)
 
-    with StopRequest(say) as stop:
-        corpus = load_corpus(config.data, config.seed, say)
+    again = f"moesaic quickstart --resume --out {shlex.quote(str(out))}"
+    corpus = load_corpus(config.data, config.seed, say)
+    with StopRequest(say, resume_with=again) as stop:
         comparison = run_twins(fit_vocabulary(config, corpus), corpus, out, resume=resume, say=say, stop=stop)
-    show_comparison(comparison, console)
+    show_comparison(comparison, console, resume_with=again)
     return comparison
 
 
-def show_comparison(comparison: Comparison, console: Console) -> None:
-    """The table, the verdict, the sample and where to look next."""
+def show_comparison(comparison: Comparison, console: Console, resume_with: str) -> None:
+    """The table, the verdict, the sample and where to look next; ``resume_with`` is the command if it was stopped."""
     rows = comparison.summary["runs"]
     table = Table(
         title="Sparse and dense twin, same tokens, same active parameters", title_justify="left", pad_edge=False
@@ -68,16 +71,12 @@ def show_comparison(comparison: Comparison, console: Console) -> None:
     sample = comparison.folder / "sparse" / "sample.txt"
     if sample.exists():
         console.print("\n[bold]What the sparse model writes[/bold]")
-        text = "".join(
-            c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in sample.read_text("utf-8")
-        )
+        text = visible(sample.read_text("utf-8"))
         console.print(Padding(escape(text.strip()), (0, 2)), highlight=False)
     console.print(
         f"\nReport (open in a browser): {comparison.report.resolve()}", markup=False, highlight=False, soft_wrap=True
     )
-    console.print(
-        f"Write with it: moesaic generate {comparison.folder} --prompt 'def main('",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    last = f"Stopped. Go on with: {resume_with}"
+    if comparison.finished:
+        last = f"Write with it: moesaic generate {shlex.quote(str(comparison.folder))} --prompt 'def main('"
+    console.print(last, markup=False, highlight=False, soft_wrap=True)
