@@ -32,7 +32,9 @@ def test_the_parts_add_up_to_every_parameter_of_the_built_model(name: str, devic
 
 
 def test_a_dense_model_by_hand() -> None:
-    config = ModelConfig(vocab_size=50, dim=8, num_layers=2, num_heads=4, num_kv_heads=2, hidden=20, tie_embeddings=False)
+    config = ModelConfig(
+        vocab_size=50, dim=8, num_layers=2, num_heads=4, num_kv_heads=2, hidden=20, tie_embeddings=False
+    )
     count = count_parameters(build_model(config, device="meta"))
     attention = 8 * 8 + 2 * 8 * 4 + 8 * 8  # heads are 2 wide; two key/value heads
     assert count.parts == {
@@ -49,7 +51,15 @@ def test_a_sparse_model_by_hand() -> None:
     """Layer 0 dense; layer 1: 3 of 8-wide feed-forward experts with 2 constant, 1 zero, 1 copy, 2 shared ones, all gated."""
     moe = MoEConfig(num_experts=3, k=2, hidden=8, dense_first=1, shared=2, shared_gate=True, zero=1, copy=1, constant=2)
     config = ModelConfig(
-        vocab_size=50, dim=6, num_layers=2, num_heads=3, hidden=10, norm="layernorm", attention_bias=True, qk_norm=True, moe=moe
+        vocab_size=50,
+        dim=6,
+        num_layers=2,
+        num_heads=3,
+        hidden=10,
+        norm="layernorm",
+        attention_bias=True,
+        qk_norm=True,
+        moe=moe,
     )
     count = count_parameters(build_model(config, device="meta"))
     assert count.parts == {

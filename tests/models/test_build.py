@@ -86,7 +86,12 @@ def test_without_a_seed_the_callers_random_state_is_used() -> None:
 
 def test_building_on_the_meta_device_allocates_nothing_and_draws_nothing() -> None:
     huge = ModelConfig(
-        vocab_size=100_000, dim=4096, num_layers=4, num_heads=32, hidden=16384, moe=MoEConfig(num_experts=256, hidden=2048)
+        vocab_size=100_000,
+        dim=4096,
+        num_layers=4,
+        num_heads=32,
+        hidden=16384,
+        moe=MoEConfig(num_experts=256, hidden=2048),
     )
     state = torch.get_rng_state()
     model = build_model(huge, device="meta")
@@ -118,7 +123,10 @@ def test_the_named_norm_is_everywhere(norm: str, kind: str) -> None:
 
 def test_settings_reach_the_modules() -> None:
     config = tiny(
-        MoEConfig(num_experts=4, hidden=8, backend="loop", shared=1), activation="relu", qk_norm=True, sliding_window=(3, 0)
+        MoEConfig(num_experts=4, hidden=8, backend="loop", shared=1),
+        activation="relu",
+        qk_norm=True,
+        sliding_window=(3, 0),
     )
     model = build_model(config, seed=0)
     first, second = model.blocks
@@ -135,7 +143,10 @@ def test_a_router_or_loss_that_cannot_be_is_refused_in_words() -> None:
     for config, words in [
         (sparse("topkk"), 'There is no router "topkk". Did you mean "topk"?'),
         (sparse("topk", {"normalise": "none"}), 'Router "topk" has no option "normalise". Did you mean "normalize"?'),
-        (sparse("topk", k=1), 'k=1 with normalize="chosen" makes every weight exactly 1, so the router gets no gradient'),
+        (
+            sparse("topk", k=1),
+            'k=1 with normalize="chosen" makes every weight exactly 1, so the router gets no gradient',
+        ),
         (sparse("switch", k=2), 'Router "switch" sends every token to one expert, so k must be 1, not 2'),
         (sparse(losses={"swich": 0.1}), 'There is no balancing loss "swich". Did you mean "switch"?'),
         (sparse(losses={"load": 0.1}), 'Loss "load" needs the load estimate of a noisy gate, and TopK has none'),

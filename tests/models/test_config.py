@@ -55,7 +55,9 @@ FULL = ModelConfig(
 )
 
 
-@pytest.mark.parametrize("config", [ModelConfig(vocab_size=64), FULL, tiny(MoEConfig())], ids=["default", "full", "tiny"])
+@pytest.mark.parametrize(
+    "config", [ModelConfig(vocab_size=64), FULL, tiny(MoEConfig())], ids=["default", "full", "tiny"]
+)
 def test_a_config_survives_json(config: ModelConfig) -> None:
     text = json.dumps(to_dict(config))
     again = from_dict(ModelConfig, json.loads(text))
@@ -101,7 +103,10 @@ MOE_REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"dense_first": 2}, "No layer is sparse: 2 layers with moe.dense_first=2 and moe.every=1; lower one"),
     ({"every": 3}, "No layer is sparse: 2 layers with moe.dense_first=0 and moe.every=3; lower one"),
     ({"num_experts": 0}, "model.moe.num_experts must be at least 1, not 0."),
-    ({"num_experts": (4,)}, "model.moe.num_experts lists 1 values for 2 sparse layers; give one number or one per sparse layer."),
+    (
+        {"num_experts": (4,)},
+        "model.moe.num_experts lists 1 values for 2 sparse layers; give one number or one per sparse layer.",
+    ),
     ({"k": (1, 2, 3)}, "model.moe.k lists 3 values for 2 sparse layers; give one number or one per sparse layer."),
     ({"k": 0}, "model.moe.k must be at least 1, not 0."),
     ({"hidden": (4, 0)}, "model.moe.hidden must be at least 1, not 0."),
@@ -192,7 +197,9 @@ TWINS = {
     "16 of 2": MoEConfig(num_experts=16, k=2, hidden=128),
     "64 of 8": MoEConfig(num_experts=64, k=8, hidden=48),
     "shared": MoEConfig(num_experts=8, k=2, hidden=64, shared=2, shared_gate=True, dense_first=1),
-    "lists": MoEConfig(num_experts=(4, 9), k=(1, 3), hidden=(64, 40), every=2, router=RouterConfig(options={"normalize": "none"})),
+    "lists": MoEConfig(
+        num_experts=(4, 9), k=(1, 3), hidden=(64, 40), every=2, router=RouterConfig(options={"normalize": "none"})
+    ),
     "special": MoEConfig(num_experts=8, k=2, hidden=64, zero=1, copy=1, constant=2),
     "more k than feed-forward experts": MoEConfig(num_experts=2, k=4, hidden=64, zero=2, copy=2),
 }

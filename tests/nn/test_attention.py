@@ -38,7 +38,10 @@ def written_out(attention: Attention, x_BSD: Tensor, position_BS: Tensor, allowe
     for b in range(B):
         for h in range(heads):
             g = h // shared
-            keys = [turned(normed(project(attention.wk, x_BSD[b, j], g), attention.k_norm), position_BS[b, j]) for j in range(S)]
+            keys = [
+                turned(normed(project(attention.wk, x_BSD[b, j], g), attention.k_norm), position_BS[b, j])
+                for j in range(S)
+            ]
             values = [project(attention.wv, x_BSD[b, j], g) for j in range(S)]
             for i in range(S):
                 query = turned(normed(project(attention.wq, x_BSD[b, i], h), attention.q_norm), position_BS[b, i])
@@ -71,7 +74,13 @@ def test_attention_is_what_is_written_out(case: str) -> None:
     has = CASES[case]
     B, S = 2, 7
     attention = Attention(
-        8, 4, has.get("kv", 4), 6, window=has.get("window"), qk_norm=has.get("qk_norm", False), bias=has.get("bias", False)
+        8,
+        4,
+        has.get("kv", 4),
+        6,
+        window=has.get("window"),
+        qk_norm=has.get("qk_norm", False),
+        bias=has.get("bias", False),
     ).double()
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, std=0.7)
@@ -91,7 +100,9 @@ def test_attention_is_what_is_written_out(case: str) -> None:
     real = torch.ones(B, S, dtype=torch.bool) if valid is None else valid
     x = torch.randn(B, S, 8, dtype=F64)
     mask = attention_mask(position, position, valid, query_document_BS=documents, window=has.get("window"))
-    assert (mask is None) == (case in ("plain", "grouped", "one key head", "qk norm", "bias", "window wider than the row"))
+    assert (mask is None) == (
+        case in ("plain", "grouped", "one key head", "qk norm", "bias", "window wider than the row")
+    )
     y = attention(x, AttentionContext(*rope_tables(position, 6, 1e4), {has.get("window"): mask}))
     expected = written_out(attention, x, position, allowed | torch.eye(S).bool())
     # Rotary tables are fp32, hence 1e-5 and not 1e-12.

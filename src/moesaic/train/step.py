@@ -106,9 +106,12 @@ def train_step(
         reading.loss += loss.item()
         loss.backward()  # type: ignore[no-untyped-call]
     parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else float("inf"))
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     reading.grad_norm = norm.item()
-    check_finite(model, reading.loss, reading.grad_norm, step, lambda: forward(model, batches[-1]))
+    # Before clipping: scaling by a NaN norm would make every gradient NaN and hide where it began.
+    check_finite(model, reading.loss, reading.grad_norm, step, lambda: [forward(model, batch) for batch in batches])
+    if clip > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
