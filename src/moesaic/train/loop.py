@@ -152,23 +152,21 @@ class _Run:
         self.state = _State()
         self.evaluation: Evaluation | None = None
         self.say = say or (lambda _: None)
-        self._prepare_folder(resume)
+        if not resume and (folder / "checkpoints").exists():
+            raise MoesaicError(
+                f"{folder} already holds a training run; add --resume to go on with it, or choose another --out."
+            )
         self.model = self._build()
         self.optimizer = make_optimizer(self.model, config.optim)
         self.resumed_at: int | None = None
         if resume:
             self._restore()
+        # Last, so that a refused run leaves nothing behind and a refused resume the config it was started with.
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        atomic_file(folder / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
 
     # ---- before the first step ---------------------------------------------------------------------------------
-
-    def _prepare_folder(self, resume: bool) -> None:
-        if not resume and (self.folder / "checkpoints").exists():
-            raise MoesaicError(
-                f"{self.folder} already holds a training run; add --resume to go on with it, or choose another --out."
-            )
-        with disk_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        atomic_file(self.folder / "config.json", json.dumps(to_dict(self.config), indent=2) + "\n")
 
     def _build(self) -> Decoder:
         torch.manual_seed(self.config.seed)
@@ -251,7 +249,7 @@ class _Run:
                 if stopping and not last:
                     reason = "interrupted"
                     break
-            if reason == "done":
+            if reason == "done" and not self._sampled_before():
                 self._sample(log)
             log.write({"kind": "end", "step": state.step, "reason": reason})
         finally:
@@ -334,6 +332,10 @@ class _Run:
             keep_last=self.config.keep_last,
             is_best=improved,
         )
+
+    def _sampled_before(self) -> bool:
+        """Whether this is the resume of a finished run, whose sample is in the log already."""
+        return self.resumed_at == self.config.steps and (self.folder / "sample.txt").exists()
 
     def _sample(self, log: MetricsLog) -> None:
         if not self.config.sample_tokens:
