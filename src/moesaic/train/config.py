@@ -93,6 +93,8 @@ class TrainConfig:
         for name in ("eval_every", "checkpoint_every", "sample_tokens", "trace_every"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, not {getattr(self, name)}.")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must be a whole number from 0 to 2**63 - 1, not {self.seed}.")
         if self.seq_len > self.model.max_seq_len:
             raise ConfigError(
                 f"seq_len={self.seq_len} is longer than the model's context; set model.max_seq_len to at least {self.seq_len} "

@@ -103,13 +103,15 @@ def parse_json_lines(path: Path, text_field: str, label_field: str | None) -> It
                 if not content.strip():
                     continue
                 try:
-                    record = json.loads(content)
+                    record = json.loads(content.rstrip("\r\n"))
                 except RecursionError:
                     yield DataError(f"{where} is not valid JSON: it is nested too deeply.")
                     continue
                 except ValueError as error:
                     hint = " The file must hold one object a line, not one array." if content.startswith("[") else ""
-                    yield DataError(f"{where} is not valid JSON: {error}.{hint}")
+                    # The line is known; "line 1" of it would only mislead.
+                    what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+                    yield DataError(f"{where} is not valid JSON: {what}.{hint}")
                     continue
                 if not isinstance(record, dict):
                     yield DataError(

@@ -86,7 +86,7 @@ def split(store: TokenView | HasView, val_fraction: float, seed: int) -> tuple[T
         parts.append(TokenView(view.tokens, start_D[keep], end_D[keep], view.label_D[keep], view.labels))
     if not parts[1].num_documents:
         raise DataError(
-            f"The corpus is too small to hold back validation text ({view.num_documents} documents of one per domain, "
-            f"{view.num_tokens} tokens); add text."
+            f"The corpus is too small to hold back validation text: {view.num_tokens} tokens, {view.num_documents} documents "
+            "and not two in any domain; add text, or cut long files with document=paragraphs."
         )
     return parts[0], parts[1]
