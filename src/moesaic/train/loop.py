@@ -127,7 +127,9 @@ def load_run_config(folder: str | Path) -> TrainConfig:
         raise CheckpointError(f"{folder} is not a training run: it has no config.json.") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"Cannot read {path}: {error}.") from None
-    return from_dict(TrainConfig, data, where="config")
+    if isinstance(data, dict) and "format" in data:
+        raise CheckpointError(f"{folder} is a model directory, not a training run; name the folder of a run.")
+    return from_dict(TrainConfig, data, where=f"{path}: config")
 
 
 class _Run:
@@ -181,6 +183,10 @@ class _Run:
 
     def _restore(self) -> None:
         found = latest_snapshot(self.folder)
+        if found is None and any((self.folder / "checkpoints").glob("step-*")):
+            raise CheckpointError(
+                f"Every checkpoint in {self.folder / 'checkpoints'} is damaged; restore one from a copy, or start a new run."
+            )
         if found is None:
             self.say(f"{self.folder} has no checkpoint yet, so the run starts from step 0.")
             return
@@ -256,6 +262,8 @@ class _Run:
             if progress is not None:
                 progress.close()
             log.close()
+        if reason == "done" and self.evaluation is None:  # resumed after its last step: measured, not logged again
+            self.evaluation = evaluate(self.model, self.val_rows, self.val_indices, config.batch_size)
         rate = state.tokens / state.seconds if state.seconds else 0.0
         return TrainResult(
             self.folder,
