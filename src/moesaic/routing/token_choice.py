@@ -158,8 +158,9 @@ class GShardTop2(Router):
 
     Args:
         second: which second experts are kept in training. "stochastic": with probability min(1, 2 g2), g2 renormalised
-            (as in fairseq's top2gate); "threshold_stochastic": with probability
-            min(1, g2 / threshold) (mesh-tf); "threshold": where g2 > threshold; "gumbel": the second is sampled by Gumbel-max over the remaining logits and always kept (DeepSpeed); "all".
+            (as in fairseq's top2gate); "threshold_stochastic": with probability min(1, g2 / threshold) (mesh-tf);
+            "threshold": where g2 > threshold; "gumbel": the second is sampled by Gumbel-max over the remaining logits and
+            always kept (DeepSpeed); "all".
         eval_second: the policy in evaluation: "all" or "threshold".
     """
 
