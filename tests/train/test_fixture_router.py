@@ -124,7 +124,10 @@ def test_it_runs_with_everything_else_switched_on(tmp_path: Path, recompute: boo
 def test_its_options_are_read_off_its_constructor_and_checked(tmp_path: Path) -> None:
     assert list(router_options("cosine")) == ["temperature", "noise", "centre"]
     for options, words in [
-        ({"temprature": 1.0}, 'Router "cosine" has no option "temprature". Did you mean "temperature"? Options: temperature'),
+        (
+            {"temprature": 1.0},
+            'Router "cosine" has no option "temprature". Did you mean "temperature"? Options: temperature',
+        ),
         ({"temperature": "hot"}, "Option temperature of router \"cosine\" must be float, not 'hot'."),
         ({"noise": 1}, 'Option noise of router "cosine" must be bool, not 1.'),
         ({"centre": "loud"}, "Option centre of router \"cosine\" must be one of 'none', 'load', not 'loud'."),
