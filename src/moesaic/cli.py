@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json as json_module
+import os
 import shlex
 import sys
 import warnings
@@ -442,6 +443,9 @@ def _shape(config: ModelConfig) -> Decoder:
 
 def _refuse_taken(out: Path, *, resume: bool, twin: bool) -> None:
     """Stop before any text is read if ``out`` holds something that a new run would damage or be mixed up with."""
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError(f"Cannot write to {out}: {there} is no folder you may write to; choose another --out.")
     parts = [out / "sparse", out / "dense"] if twin else [out]
     if not resume and any((part / "checkpoints").exists() for part in parts):
         raise ConfigError(

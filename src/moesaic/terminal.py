@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import io
+import itertools
 import json as json_module
 import os
 import re
@@ -143,9 +144,10 @@ def _joined(args: Sequence[str], lists: Container[str]) -> list[str]:
 
 def _sentence(box: str, name: str) -> str:
     """The parser's framed message in our own words; words we do not know are passed on without the frame."""
+    # Title, a rule in plain ASCII frames, the message, a rule, hints.
     lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()[1:]]
-    rule = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
-    text = " ".join(" ".join(lines[:rule]).split())
+    parts = [" ".join(group) for rule, group in itertools.groupby(lines, lambda line: not line.strip("─-")) if not rule]
+    text = " ".join(parts[0].split()) if parts else "The arguments cannot be read"
     see = f"see moesaic {name} --help."
     if found := re.fullmatch(r"Unrecognized options: (.*)", text):
         return f'"{name}" does not know what to do with "{found[1]}"; {see}'

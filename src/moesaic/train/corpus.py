@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -75,7 +77,13 @@ def load_corpus(
         f"{train.num_tokens:,} training and {val.num_tokens:,} validation tokens in "
         f"{train.num_documents + val.num_documents:,} documents, domains: {', '.join(train.labels)}."
     )
-    return Corpus(tokenizer, train, val, store.folder.name)
+    return Corpus(tokenizer, train, val, _fingerprint(store))
+
+
+def _fingerprint(store: TokenCache) -> str:
+    """By what the tokens are, not by where the files lie: a project that was moved or copied resumes."""
+    names = ("tokenizer_sha256", "tokens_sha256", "documents_sha256", "labels")
+    return hashlib.sha256(json.dumps([store.meta[name] for name in names]).encode()).hexdigest()[:20]
 
 
 def load_store(config: DataConfig, tokenizer: Tokenizer, say: Say = lambda _: None) -> TokenCache:
