@@ -56,6 +56,15 @@ def test_the_router_sees_special_experts_too() -> None:
     assert plan.counts_E.tolist() == [5] * 6
 
 
+@pytest.mark.parametrize("kinds", [{}, {"zero": 1}, {"copy": 1}, {"constant": 1}, {"copy": 1, "constant": 1}])
+def test_rows_past_the_last_group_give_zeros(kinds: dict[str, int]) -> None:
+    layer = MoE(8, 4, 2, 1, router_options={"normalize": "none"}, **kinds)
+    counts_E = torch.ones(layer.router.num_experts, dtype=torch.int64)
+    y_ND = layer.experts(torch.randn(9, 8), counts_E)
+    assert not y_ND[int(counts_E.sum()) :].any()
+    assert y_ND[0].any()
+
+
 def test_forward_stores_nothing() -> None:
     layer = MoE(8, 4, 4, 2, shared=1, constant=1)
     before = {name: dict(vars(module)) for name, module in layer.named_modules()}

@@ -57,6 +57,11 @@ def test_sums_run_in_fp32(per_token: bool) -> None:
     y_TD = _through(plan, torch.ones(T, 1, dtype=torch.bfloat16), plan.weight_N)
     assert y_TD.dtype == torch.bfloat16
     assert float(y_TD) == 320.0
+    # 1.001 is 1 in bf16: weights are not rounded before they are used.
+    plan = from_topk(torch.tensor([[0, 1]]), torch.tensor([[1.001, -1.0]]), 2)
+    if not per_token:
+        plan = from_rows(plan.token_N, plan.expert_N, plan.weight_N, 1, 2)
+    assert float(_through(plan, torch.ones(1, 1, dtype=torch.bfloat16), plan.weight_N)) == pytest.approx(1e-3, rel=0.01)
 
 
 @pytest.mark.parametrize("per_token", [True, False])

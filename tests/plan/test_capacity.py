@@ -204,6 +204,9 @@ def test_next_best_never_gives_a_token_one_expert_twice() -> None:
     )
     capped = drop_over_capacity(plan, 2, overflow="next_best")
     assert capped.expert_TK.tolist() == [[0, 1], [0, 1], [3, 2], [3, 2]]
+    # One token with both rows lost and two free slots on its best free expert: one each on two experts.
+    three = _with_scores([[0, 1]] * 3, [[0.4, 0.3, 0.1, 0.2]] * 3)
+    assert drop_over_capacity(three, 2, overflow="next_best").expert_TK.tolist() == [[0, 1], [0, 1], [3, 2]]
     tight = drop_over_capacity(plan, 1, overflow="next_best")
     assert tight.expert_TK[0].tolist() == [0, 1]
     assert sorted(tight.expert_TK[1:].flatten().tolist()) == [2, 3, 4, 4, 4, 4]

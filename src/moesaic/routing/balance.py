@@ -47,7 +47,10 @@ class LossContext:
 
 
 def importance_loss(plan: RoutingPlan, ctx: LossContext = LossContext()) -> Tensor:
-    """CV^2 over experts of the summed gate weights after top-k (Shazeer); one expert gives 0."""
+    """CV^2 over experts of the summed gate weights after top-k (Shazeer); one expert gives 0.
+
+    Weights are those of the plan, so rows lost to capacity add nothing: unlike counts, this is a reading after the drop.
+    """
     weight_N = torch.where(plan.choice_N < plan.num_experts, plan.weight_N, 0.0)
     sums_E = weight_N.new_zeros(plan.num_experts + 1).index_add(0, plan.choice_N, weight_N)
     return cv_squared(sums_E[: plan.num_experts])
