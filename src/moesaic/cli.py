@@ -330,7 +330,7 @@ def doctor(
     if json:
         _print_json(found.to_dict())
     else:
-        Console(highlight=False).print(format_doctor(found))
+        Console(highlight=False).print(format_doctor(found), markup=False, soft_wrap=True)
     return 0
 
 
