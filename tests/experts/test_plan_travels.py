@@ -147,7 +147,7 @@ def _sharded(rank: int, x_RTD: Tensor, recompute: bool, plans_only: bool) -> dic
     return found  # type: ignore[return-value]
 
 
-# With losses of the plans alone, FSDP finds the tensors to hang its backward hooks on only inside the plans.
+# Losses of the plans alone must reach every router, too: then no output tensor outside a plan has a gradient.
 @pytest.mark.parametrize(("recompute", "plans_only"), [(False, False), (True, False), (False, True)])
 def test_fsdp2_over_gloo(recompute: bool, plans_only: bool) -> None:
     x_RTD = torch.randn(2, 9, 8)

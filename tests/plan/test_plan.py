@@ -87,6 +87,8 @@ def test_detach_holds_no_graph() -> None:
     assert plan.weight_N.requires_grad
     bare = plan.detach()
     leaves = torch.utils._pytree.tree_leaves(bare)
+    # The plan is a pytree down to its tensors: 4 of rows, the input weight and 3 of the gate.
+    assert sum(isinstance(leaf, torch.Tensor) for leaf in leaves) == 8
     assert not any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves)
     assert torch.equal(bare.weight_N, plan.weight_N)
     assert bare.gate is not None
