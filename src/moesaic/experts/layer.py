@@ -41,7 +41,7 @@ class MoE(nn.Module):
         backend: of the grouped products.
 
     Attributes:
-        edits: plan edits applied after routing and before capacity, in order; set from outside (``moesaic.edit``).
+        edits: plan edits applied after routing and capacity, in order; set from outside (``moesaic.edit``).
         dispatcher: how a plan is executed; replaced from outside for recomputation or parallel experts.
     """
 
@@ -102,10 +102,13 @@ class MoE(nn.Module):
         return y_TD.view(x.shape), plan
 
     def route(self, x_TD: Tensor, ctx: TokenContext = NO_CONTEXT) -> RoutingPlan | SoftPlan:
-        """The decision alone: router, edits, capacity. Made once per forward; recomputation never comes here."""
+        """The decision alone: router, capacity, edits. Made once per forward; recomputation never comes here.
+
+        Edits come last: capacity that reroutes must not undo a knockout, and a replayed plan is what was executed.
+        """
         plan: RoutingPlan | SoftPlan = self.router(x_TD, ctx)
-        for edit in self.edits:
-            plan = edit(plan)
         if self.capacity is not None and isinstance(plan, RoutingPlan):
             plan = self.capacity.apply(plan, self.training)
+        for edit in self.edits:
+            plan = edit(plan)
         return plan

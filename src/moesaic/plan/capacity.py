@@ -30,7 +30,8 @@ class CapacityRule:
     mesh-tf ``rounding="floor", count_k=False``; Megatron ``minimum=0``; V-MoE ``multiple_of=4``; DeepSpeed the default.
 
     Attributes:
-        factor, eval_factor: capacity factor in training and in evaluation; None in evaluation means dropless.
+        factor, eval_factor: capacity factor in training and in evaluation; None in evaluation means dropless, the default,
+            because drops there depend on batch mates (GShard and ST-MoE evaluate with 2.0).
         minimum: least slots in training (0 disables).
         multiple_of: round C up to a multiple, for kernels.
         priority: who goes first, see ``drop_over_capacity``.
@@ -41,7 +42,7 @@ class CapacityRule:
     """
 
     factor: float = 1.25
-    eval_factor: float | None = 2.0
+    eval_factor: float | None = None
     rounding: Literal["ceil", "floor", "round"] = "ceil"
     count_k: bool = True
     minimum: int = 4

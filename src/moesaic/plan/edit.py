@@ -42,7 +42,9 @@ def replay(plan: RoutingPlan, recorded: RoutingPlan, weigh: Weigh | None = None)
         weigh: ``(gate, expert_TK) -> weight_TK`` of the live router (``Router.weigh``): weights are then computed from today's
             scores of the recorded choice and carry gradient (router replay in reinforcement learning). None: recorded weights.
 
-    Raises ``ConfigError`` when the two plans are of different shape.
+    Raises ``ConfigError`` when the two plans are of different shape, and for live weights of a token for which the router
+    itself left a slot empty (GShard's rejected second expert): the plan does not say which expert its weights were
+    normalised with.
     """
     if (recorded.num_tokens, recorded.num_experts, recorded.num_rows) != (
         plan.num_tokens,
@@ -58,6 +60,13 @@ def replay(plan: RoutingPlan, recorded: RoutingPlan, weigh: Weigh | None = None)
     else:
         if plan.gate is None:
             raise ConfigError("Replay with live weights needs the router's scores, and this plan carries none.")
+        empty_N = recorded.choice_N == plan.num_experts
+        if recorded.valid_T is not None:
+            empty_N = empty_N & recorded.valid_T[recorded.token_N]
+        if bool(empty_N.any()):
+            raise ConfigError(
+                "The recorded router left slots empty, so live weights are unknown; replay recorded weights."
+            )
         # Of the recorded choice: rows lost to capacity still count in the router's normalisation, as they did when live.
         inside_TK = recorded.choice_TK.clamp(max=plan.num_experts - 1)
         weight_N = weigh(plan.gate, inside_TK).reshape(-1)
