@@ -87,9 +87,9 @@ def test_each_step_is_one_record_with_the_scheduled_rate(run: Path) -> None:
     assert all(r["load"] and sum(r["load"][0]) == 2 * 96 for r in steps[:1])
 
 
-def test_validation_comes_at_its_steps_and_at_the_end(run: Path) -> None:
+def test_validation_comes_at_its_steps_at_checkpoints_and_at_the_end(run: Path) -> None:
     found = of_kind(run, "val")
-    assert [r["step"] for r in found] == [5, 10, 12]
+    assert [r["step"] for r in found] == [4, 5, 8, 10, 12]  # every 5th, each checkpoint (every 4th), and the last
     data = PackedRows(tiny_corpus().val, 24)
     again = evaluate(load_model(run / "checkpoints" / "step-00000012"), data, spread(data, 4), 4)
     assert found[-1]["loss"] == pytest.approx(again.loss, rel=1e-6)

@@ -60,7 +60,8 @@ class TrainConfig:
         recompute: recompute attention and expert activations in the backward pass (activation checkpointing); routing
             decisions are saved, never recomputed.
         eval_every, eval_rows: validation cadence in steps (0: only at the end) and rows used, spread over the validation text.
-        checkpoint_every, keep_last: checkpoint cadence in steps (0: only at the end) and how many to keep besides the best.
+        checkpoint_every, keep_last: checkpoint cadence in steps (0: only at the end; each is validated first) and how many to
+            keep besides the best.
         dead_window: an expert without a token for this many steps counts as dead.
         sample_tokens: length of the sample written at the end of the run (0: none).
         tensorboard: also write event files.

@@ -78,6 +78,7 @@ class _State:
     tokens: int = 0
     seconds: float = 0.0  # in steps: validation and checkpoints left out, so that sparse and dense compare
     best_val_loss: float | None = None
+    best_saved_loss: float | None = None
     val_loss: float | None = None
     last_used: dict[str, list[int]] | None = None
 
@@ -247,11 +248,12 @@ class _Run:
                     progress.update(record)
                 last = state.step == config.steps
                 stopping = self.stop.requested
-                improved = False
-                if last or (config.eval_every and state.step % config.eval_every == 0):
-                    improved = self._validate(log)
-                if last or stopping or (config.checkpoint_every and state.step % config.checkpoint_every == 0):
-                    self._save(improved)
+                saving = last or _due(config.checkpoint_every, state.step)
+                # Every regular checkpoint is validated, or the best one could not be told among them.
+                if saving or _due(config.eval_every, state.step):
+                    self._validate(log)
+                if saving or stopping:
+                    self._save(validated=saving or _due(config.eval_every, state.step))
                 if stopping and not last:
                     reason = "interrupted"
                     break
@@ -314,20 +316,21 @@ class _Run:
         self.state.last_used = used
         return dead
 
-    def _validate(self, log: MetricsLog) -> bool:
-        """Measure and log; returns whether this is the best so far."""
+    def _validate(self, log: MetricsLog) -> None:
         state = self.state
         self.evaluation = evaluate(self.model, self.val_rows, self.val_indices, self.config.batch_size)
         loss = self.evaluation.loss
         where = {"step": state.step, "tokens": state.tokens, "time_s": state.seconds}
         log.write({"kind": "val", **where, **self.evaluation.record()})
-        improved = state.best_val_loss is None or loss < state.best_val_loss
         state.val_loss = loss
-        state.best_val_loss = loss if improved else state.best_val_loss
-        return improved
+        state.best_val_loss = loss if state.best_val_loss is None else min(loss, state.best_val_loss)
 
-    def _save(self, improved: bool) -> None:
-        state = self.state
+    def _save(self, validated: bool) -> None:
+        """Write a checkpoint; it is the best one if it was validated and beats every one saved before."""
+        state, loss = self.state, self.state.val_loss
+        best = validated and loss is not None and (state.best_saved_loss is None or loss < state.best_saved_loss)
+        if best:
+            state.best_saved_loss = loss
         run = {name: getattr(state, name) for name in state.__dataclass_fields__ if name != "step"}
         saved = {"corpus": self.corpus.fingerprint, "sampler": self.sampler.state_dict(), "run": run}
         save_snapshot(
@@ -338,7 +341,7 @@ class _Run:
             saved,
             self.corpus.tokenizer,
             keep_last=self.config.keep_last,
-            is_best=improved,
+            is_best=best,
         )
 
     def _sampled_before(self) -> bool:
@@ -360,6 +363,10 @@ class _Run:
         )
         log.write({"kind": "sample", "step": self.state.step, "prompt": "", "text": text})
         atomic_file(self.folder / "sample.txt", text + "\n")
+
+
+def _due(every: int, step: int) -> bool:
+    return bool(every) and step % every == 0
 
 
 def _router_name(model: ModelConfig) -> str:
