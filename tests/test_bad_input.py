@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -303,8 +304,8 @@ def limited(limit: int, *args: str, cwd: Path) -> tuple[int, str]:
     ],
 )
 def test_full_disk(limit: int, what: str, file: str, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if "token" not in what:  # the store is there already
-        assert call(capsys, "eval", "run").status == 0
+    if "token" not in what:
+        store_tokens(capsys)
     status, last = limited(limit, *train("--set", "sample_tokens=0"), cwd=work)
     assert status == 2
     assert last.startswith("moesaic: Cannot write to "), last
@@ -313,3 +314,61 @@ def test_full_disk(limit: int, what: str, file: str, work: Path, capsys: pytest.
     left = [str(p.relative_to(work)) for p in work.rglob("*") if "incomplete" in p.name or ".writing" in p.name]
     assert left == []
     assert sorted(p.name for p in (work / "new").glob("checkpoints/*")) == []
+
+
+def store_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    """So that the disk has room for the token store."""
+    assert call(capsys, "eval", "run").status == 0
+
+
+def test_full_disk_while_saving_keeps_the_previous_checkpoint(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = tree(work / "run" / "checkpoints")
+    status, last = limited(60_000, "train", "--resume", "--out", "run", "--steps", "9", cwd=work)
+    assert status == 2
+    assert "Cannot write to " in last
+    assert "run/checkpoints/step-00000009" in last
+    assert tree(work / "run" / "checkpoints") == before
+    assert call(capsys, "generate", "run", "--max-new-tokens", "2").status == 0
+    assert call(capsys, "train", "--resume", "--out", "run", "--steps", "9").status == 0  # once there is room again
+    assert [step for step, _, _ in steps(work)] == list(range(1, 10))
+
+
+@pytest.mark.parametrize("tensorboard", ["false", "true"])
+def test_full_disk_while_logging(tensorboard: str, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store_tokens(capsys)
+    args = train("--set", "checkpoint_every=0", "steps=100", "eval_every=0", f"tensorboard={tensorboard}")
+    status, last = limited(20_000, *args, cwd=work)
+    assert status == 2
+    assert last.startswith("moesaic: Cannot write to new/"), last
+    lines = (work / "new" / "metrics.jsonl").read_bytes().splitlines()
+    assert len(lines) > 5
+    assert [json.loads(line)["kind"] for line in lines[:-1]] == ["run"] + ["step"] * (len(lines) - 2)
+
+
+def test_full_disk_while_reporting_keeps_the_old_page(work: Path) -> None:
+    before = tree(work)
+    status, last = limited(10_000, "report", "run", cwd=work)
+    assert status == 2
+    assert last.startswith("moesaic: Cannot write to run/report.html: ")
+    assert tree(work) == before
+
+
+def test_a_disk_that_is_really_full(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file system of 200 kB: one checkpoint fits, the next does not."""
+    (work / "small").mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", "small"], cwd=work, capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a file system needs more rights")
+    try:
+        done = call(capsys, *SAVES, "small/run", "--set", "checkpoint_every=1")
+        sentence = one_sentence(done)
+        assert re.match(r"Cannot write to \S*small/run/checkpoints/step-0000000\d: ", sentence), sentence
+        assert "the disk is full; free some space or choose another folder" in sentence
+        whole = [p for p in (work / "small/run/checkpoints").iterdir() if p.is_dir()]
+        assert whole
+        assert all(p.name.startswith("step-") for p in whole)
+        assert call(capsys, "generate", "small/run", "--max-new-tokens", "2").status == 0
+    finally:
+        subprocess.run(["umount", "-l", "small"], cwd=work, check=True)

@@ -81,14 +81,17 @@ def parse(function: Command, name: str, args: Sequence[str]) -> Callable[[], int
 def guarded(call: Callable[[], int], json: bool = False) -> int:
     """The exit status of ``call``, every failure of the user's or the machine's making put into one sentence.
 
-    2 for a mistake, 130 for Ctrl-C or SIGTERM, 141 for a reader that went away. ``json`` also prints the sentence as
-    ``{"error": ...}`` on standard output. An error of ours keeps its traceback.
+    2 for a mistake, 130 for Ctrl-C or SIGTERM (Ctrl-C is then ignored), 141 for a reader that went away. ``json`` also
+    prints the sentence as ``{"error": ...}`` on standard output. An error of ours keeps its traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?" instead of ending the command
     main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main_thread else None
+    hook = threading.excepthook
+    # A full disk ends TensorBoard's own thread, which tells its caller: the traceback on the way is noise.
+    threading.excepthook = lambda args: None if issubclass(args.exc_type, OSError) else hook(args)
     try:
         status = call()
         sys.stdout.flush()  # here, where a reader that went away is dealt with
@@ -96,6 +99,8 @@ def guarded(call: Callable[[], int], json: bool = False) -> int:
     except MoesaicError as error:
         return _fail(str(error), json)
     except KeyboardInterrupt:
+        if main_thread:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a third Ctrl-C must not break into the interpreter's own end
         return _fail("interrupted.", json, 130)
     except BrokenPipeError:  # moesaic ... | head: there is nobody left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -111,6 +116,7 @@ def guarded(call: Callable[[], int], json: bool = False) -> int:
             json,
         )
     finally:
+        threading.excepthook = hook
         if main_thread:
             signal.signal(signal.SIGTERM, before)
 

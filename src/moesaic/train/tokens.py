@@ -16,9 +16,10 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -145,7 +146,7 @@ def _fill(
     total = characters = start = 0
     with disk_errors(folder):
         file = open(folder / "tokens.bin", "wb")  # noqa: SIM115  closed below; reading errors must not look like disk errors
-    with file:
+    with _closing(file, folder):
         for pieces, ends in _batches(documents, is_byte_level(tokenizer)):
             ids: list[int] = []
             for encoding, document in zip(tokenizer.encode_batch(pieces, add_special_tokens=False), ends, strict=True):
@@ -191,6 +192,15 @@ def _fill(
             "problems": documents.problems if isinstance(documents, Documents) else [],
         }
         (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+@contextmanager
+def _closing(file: BinaryIO, folder: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        with disk_errors(folder):  # what a full disk did not take is written again here, and refused again
+            file.close()
 
 
 def _sha256(file: Path) -> str:
