@@ -71,12 +71,40 @@ def _aligned(x_ND: Tensor, w_EDH: Tensor) -> bool:
     return all(width * x_ND.element_size() % 16 == 0 for width in w_EDH.shape[1:])
 
 
+# PyTorch's half-precision products on CPU compile a kernel for every new shape (milliseconds each, kept in a cache), and
+# expert loads are new numbers at every step. Row counts are therefore cut or padded to multiples of this.
+_ROWS = 64
+
+
+def _compiles_per_shape(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def _rows_times(x_ND: Tensor, w_DH: Tensor, out_NH: Tensor) -> None:
+    """``out = x @ w``."""
+    whole = x_ND.shape[0] // _ROWS * _ROWS
+    if not _compiles_per_shape(x_ND) or whole in (0, x_ND.shape[0]):
+        torch.mm(x_ND, w_DH, out=out_NH)
+        return
+    torch.mm(x_ND[:whole], w_DH, out=out_NH[:whole])
+    torch.mm(x_ND[whole:], w_DH, out=out_NH[whole:])
+
+
+def _transposed_times(x_ND: Tensor, grad_NH: Tensor, out_DH: Tensor) -> None:
+    """``out = x^T @ grad``: one product over zero-padded rows, because adding two would round twice."""
+    short = -x_ND.shape[0] % _ROWS
+    if _compiles_per_shape(x_ND) and short and x_ND.shape[0] > _ROWS:
+        x_ND, grad_NH = F.pad(x_ND, (0, 0, 0, short)), F.pad(grad_NH, (0, 0, 0, short))
+    torch.mm(x_ND.T, grad_NH, out=out_DH)
+
+
 def _loop(x_ND: Tensor, w_EDH: Tensor, counts: list[int]) -> Tensor:
     y_NH = x_ND.new_empty(x_ND.shape[0], w_EDH.shape[2])
     start = 0
     for expert, count in enumerate(counts):
         if count:
-            torch.mm(x_ND[start : start + count], w_EDH[expert], out=y_NH[start : start + count])
+            rows = slice(start, start + count)
+            _rows_times(x_ND[rows], w_EDH[expert], y_NH[rows])
             start += count
     y_NH[start:].zero_()
     return y_NH
@@ -92,10 +120,10 @@ def _loop_backward(
     for expert, count in enumerate(counts):
         rows = slice(start, start + count)
         if count and grad_x_ND is not None:
-            torch.mm(grad_NH[rows], w_EDH[expert].T, out=grad_x_ND[rows])
+            _rows_times(grad_NH[rows], w_EDH[expert].T, grad_x_ND[rows])
         if grad_w_EDH is not None:
             if count:
-                torch.mm(x_ND[rows].T, grad_NH[rows], out=grad_w_EDH[expert])
+                _transposed_times(x_ND[rows], grad_NH[rows], grad_w_EDH[expert])
             else:
                 grad_w_EDH[expert].zero_()
         start += count
