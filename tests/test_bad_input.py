@@ -298,9 +298,9 @@ def limited(limit: int, *args: str, cwd: Path) -> tuple[int, str]:
     ("limit", "what", "file"),
     [
         (60_000, "checkpoint: the optimizer", "new/checkpoints/step-00000003"),
-        (20_000, "checkpoint: the weights", "new/checkpoints/step-00000003"),
+        pytest.param(20_000, "checkpoint: the weights", "new/checkpoints/step-00000003", marks=pytest.mark.slow),
         (1_000, "the token store", "cache/tokens-"),
-        (100, "the config", "config.json"),
+        pytest.param(100, "the config", "config.json", marks=pytest.mark.slow),
     ],
 )
 def test_full_disk(limit: int, what: str, file: str, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -333,7 +333,7 @@ def test_full_disk_while_saving_keeps_the_previous_checkpoint(work: Path, capsys
     assert [step for step, _, _ in steps(work)] == list(range(1, 10))
 
 
-@pytest.mark.parametrize("tensorboard", ["false", "true"])
+@pytest.mark.parametrize("tensorboard", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_full_disk_while_logging(tensorboard: str, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store_tokens(capsys)
     args = train("--set", "checkpoint_every=0", "steps=100", "eval_every=0", f"tensorboard={tensorboard}")

@@ -146,7 +146,7 @@ def test_the_json_of_an_interrupted_run(capsys: pytest.CaptureFixture[str]) -> N
     [
         (TWINS, "dense"),
         pytest.param(TWINS, "sparse", marks=pytest.mark.slow),
-        (QUICKSTART, "dense"),
+        pytest.param(QUICKSTART, "dense", marks=pytest.mark.slow),
         pytest.param(QUICKSTART, "sparse", marks=pytest.mark.slow),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],

@@ -59,7 +59,7 @@ def show_comparison(comparison: Comparison, console: Console, resume_with: str) 
     line("balance: worst layer's MaxVio", "max_vio", "{:.2f}")
     for domain in sorted({d for row in rows.values() for d in row["by_domain"]}):
         values = [row["by_domain"].get(domain) for row in rows.values()]
-        table.add_row(f"loss on {domain}", *["-" if v is None else f"{v:.4f}" for v in values])
+        table.add_row(escape(visible(f"loss on {domain}")), *["-" if v is None else f"{v:.4f}" for v in values])
     console.print()
     console.print(table)
     verdict = comparison.verdict

@@ -79,7 +79,8 @@ def edit(
         knockout: experts to switch off. ``reroute`` sends their tokens to the next best expert instead of nowhere;
             ``renormalize`` rescales the surviving weights of a token.
         balanced: spread rows evenly, for benchmarks.
-        replay: recorded plans by layer; ``live_weights`` takes weights from today's scores.
+        replay: recorded plans by layer; layers not among them route as always. ``live_weights`` takes weights from today's
+            scores.
         fn: any function plan -> plan.
 
     Raises ``ConfigError`` for a layer that is not sparse, an expert that does not exist, or no edit at all.
@@ -89,17 +90,16 @@ def edit(
     for index in wanted:
         if index not in sparse:
             raise ConfigError(f"Layer {index} is not a sparse layer; this model's sparse layers are {sorted(sparse)}.")
-    if replay is not None:
-        wanted = [index for index in wanted if index in replay]
-        if not wanted:
-            raise ConfigError(f"The recorded plans cover layers {sorted(replay)}, none of those to be edited.")
     if not (knockout or balanced or replay or fn):
         raise ConfigError("Nothing to edit: give knockout, balanced, replay or fn.")
+    if replay and not any(index in replay for index in wanted):
+        raise ConfigError(f"The recorded plans cover layers {sorted(replay)}, none of those to be edited.")
     before = {index: sparse[index].edits for index in wanted}
+    after: dict[int, tuple[Callable[[Any], Any], ...]] = {}
     for index in wanted:
         moe = sparse[index]
         edits: list[Callable[[Any], Any]] = []
-        if replay is not None:
+        if replay and index in replay:
             edits.append(partial(replay_edit, recorded=replay[index], weigh=moe.router.weigh if live_weights else None))
         if balanced:
             edits.append(force_balanced)
@@ -115,9 +115,10 @@ def edit(
             )
         if fn is not None:
             edits.append(fn)
-        before_here = before[index]
-        moe.edits = (*before_here, *edits)
+        after[index] = (*before[index], *edits)
     try:
+        for index, edits_after in after.items():  # once all were found good
+            sparse[index].edits = edits_after
         yield
     finally:
         for index, edits_before in before.items():
