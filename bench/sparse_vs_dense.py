@@ -1,13 +1,13 @@
 """Claim: at equal active parameters and equal tokens, the sparse model (E=16, k=2) beats its dense twin.
 
-    python bench/sparse_vs_dense.py                                   # this Python's own text, 3 seeds, about 15 minutes on 2 cores
-    python bench/sparse_vs_dense.py --data books/ a.txt --steps 800   # your text, one domain per file
+    python bench/sparse_vs_dense.py                                  # this Python's own text, 3 seeds
+    python bench/sparse_vs_dense.py --data books/ a.txt --steps 800  # your text, one domain per file
 
-For each seed the sparse model and its dense twin train in turn on the same rows in the same order. Reported per pair and as mean
-and standard deviation over seeds: final validation loss of both; steps ratio = steps of the run / steps the sparse model needed to
-reach the dense twin's final loss (above 1: sparse needs fewer); wall-clock ratio = time of the dense run / time the sparse model
-needed for the same loss (above 1: sparse is sooner there); cost ratio = time of the sparse run / time of the dense run for all
-tokens. Validation is left out of all times. The last line of standard output is one JSON object.
+For each seed the sparse model and its dense twin train in turn on the same rows in the same order. Reported per pair and
+as mean and standard deviation over seeds: final validation loss of both; steps ratio = steps of the run / steps the sparse
+model needed to reach the dense twin's final loss (above 1: sparse needs fewer); wall-clock ratio = time of the dense run /
+time the sparse model needed for the same loss (above 1: sparse is there sooner); cost ratio = time of the sparse run / time
+of the dense run for all tokens. Validation is left out of all times. The last line of standard output is one JSON object.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from moesaic.config import apply_overrides, from_dict, to_dict
+from moesaic.data.corpus import load_corpus
 from moesaic.train.config import TrainConfig
-from moesaic.train.corpus import load_corpus
 from moesaic.train.loop import fit_vocabulary
 from moesaic.train.recipes import quickstart
 from moesaic.train.stop import StopRequest

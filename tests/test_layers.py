@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "moesaic"
 LEVELS = {
     "errors": -1,
     **dict.fromkeys(["config", "terminal", "tokenizer", "plan", "ops"], 0),
-    **dict.fromkeys(["nn", "routing"], 1),
+    **dict.fromkeys(["nn", "routing", "data"], 1),
     "experts": 2,
     "models": 3,
     **dict.fromkeys(["checkpoint", "parallel", "cost", "infer"], 4),

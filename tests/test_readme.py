@@ -46,14 +46,14 @@ def tree_paths(block: str) -> dict[str, str]:
 
 
 def package_paths(package: Path) -> set[str]:
-    """Every file and folder of the package (folders ending in /), without caches and empty package markers."""
+    """Every file and folder of the package (folders ending in /), without caches and the folders' __init__.py."""
     paths = set()
     for path in package.rglob("*"):
         name = path.relative_to(package).as_posix()
         if "__pycache__" in path.parts or path.is_dir() or path.name == "py.typed":
             continue
-        if path.name == "__init__.py" and path.parent != package and not path.read_text(encoding="utf-8").strip():
-            continue
+        if path.name == "__init__.py" and path.parent != package:
+            continue  # a folder's own line says what it is
         paths.add(name)
         paths.update(f"{parent.as_posix()}/" for parent in Path(name).parents if parent != Path())
     return paths

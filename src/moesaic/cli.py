@@ -25,6 +25,9 @@ from moesaic.config import apply_overrides, from_dict, load_config_file, to_dict
 from moesaic.cost.count import count_parameters
 from moesaic.cost.devices import doctor as examine
 from moesaic.cost.devices import format_doctor
+from moesaic.data.config import DataConfig
+from moesaic.data.corpus import load_corpus, load_store
+from moesaic.data.packing import PackedRows
 from moesaic.errors import ConfigError, nearest
 from moesaic.infer.generate import generate_texts
 from moesaic.infer.sampling import SamplingConfig
@@ -33,12 +36,10 @@ from moesaic.quickstart import run_quickstart, show_comparison
 from moesaic.report.page import write_report
 from moesaic.routing import ROUTERS
 from moesaic.terminal import guarded, parse, visible
-from moesaic.train.config import DataConfig, TrainConfig
-from moesaic.train.corpus import load_corpus, load_store
+from moesaic.train.config import TrainConfig
 from moesaic.train.evaluate import evaluate, spread
 from moesaic.train.log import finite
 from moesaic.train.loop import fit_vocabulary, load_run_config, run_training
-from moesaic.train.packing import PackedRows
 from moesaic.train.recipes import RECIPES
 from moesaic.train.snapshot import resolve_model_folder
 from moesaic.train.stop import StopRequest

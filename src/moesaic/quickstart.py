@@ -13,9 +13,9 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
+from moesaic.data.corpus import load_corpus
 from moesaic.terminal import visible
 from moesaic.train.config import TrainConfig
-from moesaic.train.corpus import load_corpus
 from moesaic.train.loop import fit_vocabulary
 from moesaic.train.stop import StopRequest
 from moesaic.twins import Comparison, run_twins

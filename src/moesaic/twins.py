@@ -16,13 +16,13 @@ import torch
 
 from moesaic.checkpoint.atomic import atomic_file
 from moesaic.cost.count import count_parameters
+from moesaic.data.corpus import Corpus
 from moesaic.models.build import build_model
 from moesaic.models.config import dense_twin
 from moesaic.plan.read import max_violation
 from moesaic.report.page import read_folder, write_report
 from moesaic.report.text import Verdict, compare
 from moesaic.train.config import TrainConfig
-from moesaic.train.corpus import Corpus
 from moesaic.train.loop import TrainResult, run_training
 from moesaic.train.stop import StopRequest
 

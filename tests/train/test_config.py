@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from moesaic.config import apply_overrides, from_dict, to_dict
+from moesaic.data.config import DataConfig
 from moesaic.errors import ConfigError
-from moesaic.train.config import DataConfig, TrainConfig
+from moesaic.train.config import TrainConfig
 from moesaic.train.optim import OptimConfig
 from tests.models.tiny import sparse
 from tests.train.tiny_run import tiny_config

@@ -8,11 +8,11 @@ import math
 import pytest
 import torch
 
+from moesaic.data.packing import IGNORE, PackedRows
 from moesaic.errors import DataError
 from moesaic.models import build_model
 from moesaic.plan.capacity import CapacityRule
 from moesaic.train.evaluate import Evaluation, evaluate, spread
-from moesaic.train.packing import IGNORE, PackedRows
 from tests.models.tiny import lively
 from tests.train.tiny_run import tiny_config, tiny_corpus
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from moesaic.data.packing import Batch
 from moesaic.errors import NonFiniteError
 from moesaic.models import Decoder
 from moesaic.train import loop
 from moesaic.train.guard import check_finite
 from moesaic.train.optim import OptimConfig, make_optimizer
-from moesaic.train.packing import Batch
 from moesaic.train.snapshot import latest_snapshot
 from moesaic.train.step import train_step
 from tests.checkpoint.test_atomic import tree

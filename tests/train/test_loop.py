@@ -15,6 +15,7 @@ import torch
 
 from moesaic.checkpoint.native import load_config, load_model
 from moesaic.config import from_dict
+from moesaic.data.packing import PackedRows
 from moesaic.errors import CheckpointError, ConfigError, MoesaicError
 from moesaic.models.config import MoEConfig, RouterConfig
 from moesaic.models.decoder import Decoder
@@ -26,7 +27,6 @@ from moesaic.train.evaluate import Evaluation, evaluate, spread
 from moesaic.train.log import read_metrics
 from moesaic.train.loop import fit_vocabulary, load_run_config, run_training
 from moesaic.train.optim import learning_rate
-from moesaic.train.packing import PackedRows
 from moesaic.train.step import train_step
 from tests.checkpoint.test_atomic import tree
 from tests.train.tiny_run import StopAfter, tiny_config, tiny_corpus, train

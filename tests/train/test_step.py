@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from moesaic.data.packing import IGNORE, Batch
 from moesaic.models import Decoder, ModelConfig, RouterConfig, build_model
 from moesaic.plan import read
 from moesaic.plan.capacity import CapacityRule
 from moesaic.train.optim import OptimConfig, make_optimizer
-from moesaic.train.packing import IGNORE, Batch
 from moesaic.train.step import forward, lm_loss_sum, train_step
 from tests.models.tiny import lively, some_ids, sparse, tiny
 

@@ -12,13 +12,13 @@ import torch
 from tokenizers import Tokenizer
 
 from moesaic.config import from_dict, to_dict
+from moesaic.data.corpus import Corpus
+from moesaic.data.split import TokenView, split
 from moesaic.models.config import ModelConfig, MoEConfig
 from moesaic.tokenizer import encode, eos_id, train_bpe
 from moesaic.train.config import TrainConfig
-from moesaic.train.corpus import Corpus
 from moesaic.train.loop import TrainResult, fit_vocabulary, run_training
 from moesaic.train.optim import OptimConfig
-from moesaic.train.split import TokenView, split
 from moesaic.train.stop import StopRequest
 
 _VERSES = (

@@ -141,6 +141,14 @@ def disk_free() -> dict[str, int]:
     return free
 
 
+def bf16_is_fast() -> bool:
+    """Whether bf16 products have their own instructions here: a GPU, or a processor with AMX or AVX-512 BF16.
+
+    Elsewhere bf16 is emulated and slower than fp32. Read off the machine, not timed, so that the answer never wavers.
+    """
+    return torch.cuda.is_available() or not {"amx_bf16", "avx512_bf16"}.isdisjoint(cpu().instruction_sets)
+
+
 def gpus() -> tuple[Gpu, ...]:
     """The accelerators torch can use: CUDA or ROCm devices, or the GPU of an Apple machine."""
     found = []

@@ -1,1 +1,1 @@
-"""Training: text sources, token cache, packing, optimiser, step, loop, log and snapshots."""
+"""Training: optimiser, step, recomputation, validation, loop, log and snapshots."""

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moesaic.data.packing import IGNORE, PackedRows
 from moesaic.errors import DataError
 from moesaic.models.decoder import Decoder
 from moesaic.plan.plan import RoutingPlan
 from moesaic.plan.read import load_by_label
-from moesaic.train.packing import IGNORE, PackedRows
 from moesaic.train.step import forward
 
 

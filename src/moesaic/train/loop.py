@@ -22,6 +22,8 @@ from torch import Tensor
 from moesaic.checkpoint.atomic import atomic_file
 from moesaic.config import from_dict, to_dict
 from moesaic.cost.count import count_parameters
+from moesaic.data.corpus import Corpus
+from moesaic.data.packing import PackedRows, RowSampler
 from moesaic.errors import CheckpointError, ConfigError, MoesaicError, disk_errors
 from moesaic.infer.generate import generate
 from moesaic.models.build import build_model
@@ -29,11 +31,9 @@ from moesaic.models.config import ModelConfig
 from moesaic.models.decoder import Decoder
 from moesaic.plan.store import TraceWriter
 from moesaic.train.config import TrainConfig
-from moesaic.train.corpus import Corpus
 from moesaic.train.evaluate import Evaluation, evaluate, spread
 from moesaic.train.log import MetricsLog, Progress
 from moesaic.train.optim import learning_rate, make_optimizer
-from moesaic.train.packing import PackedRows, RowSampler
 from moesaic.train.recompute import recompute_activations
 from moesaic.train.snapshot import latest_snapshot, restore_snapshot, save_snapshot
 from moesaic.train.step import StepReading, train_step

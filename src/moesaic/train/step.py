@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moesaic.data.packing import IGNORE, Batch
 from moesaic.models.config import MoEConfig
 from moesaic.models.decoder import Decoder
 from moesaic.models.output import Output
@@ -21,7 +22,6 @@ from moesaic.plan import read
 from moesaic.plan.plan import RoutingPlan, SoftPlan
 from moesaic.routing import LossContext, balance_loss
 from moesaic.train.guard import check_finite
-from moesaic.train.packing import IGNORE, Batch
 
 Plans = dict[int, RoutingPlan | SoftPlan]
 

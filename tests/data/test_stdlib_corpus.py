@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from moesaic.data.stdlib_corpus import Places, stdlib_corpus, stdlib_documents
 from moesaic.errors import ConfigError, DataError
-from moesaic.train.stdlib_corpus import Places, stdlib_corpus, stdlib_documents
 
 TABLE = "COLOURS = {\n" + "".join(f'    "colour {n}": "#{n * 7919:06x}",\n' for n in range(60)) + "}\n"
 MODULE = '''"""The module's own text: {name} explains itself here at length, so that it counts as prose for the corpus."""

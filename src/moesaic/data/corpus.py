@@ -12,13 +12,13 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from moesaic.data.config import STDLIB, DataConfig
+from moesaic.data.readers import Document, read_documents
+from moesaic.data.split import TokenView, split
+from moesaic.data.stdlib_corpus import StdlibCorpus, stdlib_corpus
+from moesaic.data.tokens import TokenCache, cached_documents, cached_tokens
 from moesaic.errors import DataError
 from moesaic.tokenizer import load_tokenizer, train_bpe
-from moesaic.train.config import STDLIB, DataConfig
-from moesaic.train.readers import Document, read_documents
-from moesaic.train.split import TokenView, split
-from moesaic.train.stdlib_corpus import StdlibCorpus, stdlib_corpus
-from moesaic.train.tokens import TokenCache, cached_documents, cached_tokens
 
 Say = Callable[[str], None]
 _BPE_BYTES = 64_000_000  # enough text to learn merges from; more only costs time
@@ -30,7 +30,7 @@ class Corpus:
 
     Attributes:
         tokenizer: given or trained.
-        train, val: disjoint documents (see ``train.split``).
+        train, val: disjoint documents (see ``data.split``).
         fingerprint: names exactly these tokens; a resumed run must find the same.
     """
 

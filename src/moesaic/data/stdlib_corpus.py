@@ -25,8 +25,8 @@ from functools import lru_cache
 from html.parser import HTMLParser
 from pathlib import Path
 
+from moesaic.data.readers import Document
 from moesaic.errors import ConfigError, DataError
-from moesaic.train.readers import Document
 
 CODE, TESTS, PROSE, TABLES, HEADERS = "code", "tests", "prose", "data tables", "c headers"
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from moesaic.data.formats import Found, is_saved_dataset, parse_dataset, parse_json_lines, parse_parquet, parse_text
 from moesaic.errors import ConfigError, DataError, nearest
-from moesaic.train.formats import Found, is_saved_dataset, parse_dataset, parse_json_lines, parse_parquet, parse_text
 
 LabelBy = Literal["stem", "folder", "none", "auto"]
 

@@ -24,10 +24,10 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from tokenizers import Tokenizer
 
+from moesaic.data.readers import Document, Documents, LabelBy, read_documents, resolve
+from moesaic.data.split import TokenView, split
 from moesaic.errors import DataError, MoesaicError, disk_errors
 from moesaic.tokenizer import eos_id, is_byte_level, lone_surrogate
-from moesaic.train.readers import Document, Documents, LabelBy, read_documents, resolve
-from moesaic.train.split import TokenView, split
 
 __all__ = [
     "Progress",

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
+from moesaic.data import tokens as module
+from moesaic.data.readers import Document
+from moesaic.data.tokens import build_cache, cached_documents, cached_tokens, open_cache, split
 from moesaic.errors import ConfigError, DataError, MoesaicError
 from moesaic.tokenizer import encode, train_bpe
-from moesaic.train import tokens as module
-from moesaic.train.readers import Document
-from moesaic.train.tokens import build_cache, cached_documents, cached_tokens, open_cache, split
 
 TOKENIZER = train_bpe(["the cat sat on the mat and looked at the other cat. " * 20, "日本語の文章。" * 10], 350)
 

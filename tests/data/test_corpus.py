@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from moesaic.data.config import DataConfig
+from moesaic.data.corpus import Corpus, cache_root, load_corpus
 from moesaic.errors import DataError, MoesaicError
 from moesaic.tokenizer import train_bpe
-from moesaic.train.config import DataConfig
-from moesaic.train.corpus import Corpus, cache_root, load_corpus
 from tests.train.tiny_run import texts
 
 

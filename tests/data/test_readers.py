@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from moesaic.data.readers import Document, read_documents
 from moesaic.errors import ConfigError, DataError, MoesaicError
-from moesaic.train.readers import Document, read_documents
 
 
 def write(path: Path, content: str | bytes) -> Path:

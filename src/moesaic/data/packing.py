@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moesaic.data.split import TokenView
 from moesaic.errors import CheckpointError, ConfigError, DataError
-from moesaic.train.split import TokenView
 
 IGNORE = -100  # the target that torch's cross entropy leaves out
 

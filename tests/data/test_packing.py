@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moesaic.data.packing import IGNORE, PackedRows, RowSampler
+from moesaic.data.split import TokenView
 from moesaic.errors import CheckpointError, ConfigError, DataError
-from moesaic.train.packing import IGNORE, PackedRows, RowSampler
-from moesaic.train.split import TokenView
 
 
 def view_of(*documents: list[int], labels: list[int] | None = None) -> TokenView:
