@@ -11,27 +11,30 @@ from moesaic.train.config import TrainConfig
 from moesaic.train.optim import OptimConfig
 
 
-def quickstart(steps: int = 400) -> TrainConfig:
-    """E=16, k=2 on the text of this Python installation: a few minutes on two cores."""
+def quickstart(steps: int = 320) -> TrainConfig:
+    """E=16, k=2 on the text of this Python installation: a few minutes on two cores.
+
+    Small and narrow on purpose: a wider model sees too few tokens in that time for sparsity to matter (docs/log.md).
+    """
     return TrainConfig(
         model=ModelConfig(
-            vocab_size=4096,
-            dim=192,
+            vocab_size=2048,
+            dim=128,
             num_layers=4,
             num_heads=4,
             max_seq_len=256,
             qk_norm=True,
-            hidden=512,
-            moe=MoEConfig(num_experts=16, k=2, hidden=256),
+            hidden=384,
+            moe=MoEConfig(num_experts=16, k=2, hidden=192),
         ),
-        data=DataConfig(sources=(STDLIB,), vocab_size=4096, stdlib_bytes=8_000_000),
-        optim=OptimConfig(lr=3e-3, schedule="wsd", decay_fraction=0.3),
+        data=DataConfig(sources=(STDLIB,), vocab_size=2048, stdlib_bytes=8_000_000),
+        optim=OptimConfig(lr=4e-3, schedule="wsd", decay_fraction=0.3),
         steps=steps,
-        batch_size=8,
+        batch_size=16,
         seq_len=256,
-        eval_every=25,
+        eval_every=20,
         eval_rows=64,
-        checkpoint_every=100,
+        checkpoint_every=80,
         dtype=_dtype(),
     )
 
