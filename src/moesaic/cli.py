@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from rich.console import Console
 from tyro.conf import Positional, arg
 
@@ -157,7 +158,7 @@ def evaluate_command(
     _at_least("--batch-size", batch_size, 1)
     _at_least("--seq-len", 1 if seq_len is None else seq_len, 1)
     folder = resolve_model_folder(model)
-    loaded = moesaic.load(folder)
+    loaded = moesaic.load(folder, device=_device())
     if loaded.tokenizer is None:
         raise ConfigError(
             f"{folder} has no tokenizer.json, so text cannot be read with it; add the tokenizer to the folder."
@@ -213,7 +214,7 @@ def generate(
     sampling = SamplingConfig(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
-    loaded = moesaic.load(model)
+    loaded = moesaic.load(model, device=_device())
     prompts = list(prompt)
     live = len(prompts) == 1 and not json
     unshown = prompts[0]
@@ -391,6 +392,10 @@ def _run(args: list[str]) -> int:
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"moesaic: warning: {visible(str(message))}", file=sys.stderr)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _console(json: bool) -> Console:
