@@ -38,6 +38,14 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f' Did you mean "{close[0]}"?' if close else ""
 
 
+def one_of(name: str, value: object, choices: Iterable[object]) -> None:
+    """Raise ``ConfigError`` naming the closest unless ``value`` is one of ``choices``."""
+    choices = list(choices)
+    if value not in choices:
+        hint = nearest(str(value), map(str, choices))
+        raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}.{hint}")
+
+
 _WRITE_ERRORS = {
     errno.ENOSPC: "the disk is full; free some space or choose another folder",
     errno.EDQUOT: "the disk quota is used up; free some space or choose another folder",

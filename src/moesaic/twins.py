@@ -18,7 +18,7 @@ from moesaic.checkpoint.atomic import atomic_file
 from moesaic.cost.count import count_parameters
 from moesaic.data.corpus import Corpus
 from moesaic.models.build import build_model
-from moesaic.models.config import dense_twin
+from moesaic.models.twin import dense_twin
 from moesaic.plan.read import max_violation
 from moesaic.report.page import read_folder, write_report
 from moesaic.report.text import Verdict, compare

@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from moesaic.cost.count import count_parameters
 from moesaic.errors import ConfigError
-from moesaic.models import ModelConfig, MoEConfig, RouterConfig, build_model
+from moesaic.experts import MoE
+from moesaic.models import ModelConfig, MoEConfig, RouterConfig, build_model, dense_twin
+from moesaic.plan import CapacityRule
 from moesaic.routing import ROUTERS, TopK
-from tests.models.tiny import some_ids, sparse, tiny
+from tests.models.tiny import lively, some_ids, sparse, tiny
 
 # A normal distribution cut at two standard deviations is narrower by this factor: sqrt(1 - 4 pdf(2) / (2 cdf(2) - 1)).
 CUT = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(math.sqrt(2)))
@@ -176,3 +179,50 @@ def test_casting_a_model_keeps_its_routers_in_fp32() -> None:
         assert tensor.dtype == (torch.float32 if ".router." in name else torch.bfloat16), name
     plan = model(some_ids(2, 6)).plans[0]
     assert plan.gate.logits_TE.dtype == plan.weight_N.dtype == torch.float32  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("fact", ["causal", "batch_invariant"])
+def test_a_router_that_leaks_must_be_asked_for(fact: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    leaky = type("Leaky", (TopK,), {fact: False})
+    monkeypatch.setitem(ROUTERS, "leaky", leaky)
+    with pytest.raises(ConfigError, match='"leaky" looks at .*allow_leak=true'):
+        build_model(sparse("leaky"), device="meta")
+    build_model(sparse(RouterConfig("leaky", allow_leak=True)), device="meta")
+
+
+def test_capacity_in_evaluation_must_be_asked_for() -> None:
+    rule = CapacityRule(eval_factor=2.0)
+    with pytest.raises(ConfigError, match=r"eval_factor=2.0 drops tokens in evaluation .*allow_leak=true"):
+        build_model(sparse(capacity=rule), device="meta")
+    build_model(sparse(RouterConfig(allow_leak=True), capacity=rule), device="meta")
+
+
+def test_reset_reaches_constant_experts() -> None:
+    layer = MoE(8, 8, 2, k=2, constant=2)
+    with torch.no_grad():
+        layer.experts.constant_v.fill_(7)
+        layer.experts.constant_mix.fill_(7)
+    layer.reset_parameters()
+    assert (layer.experts.constant_v == 0).all()
+    assert layer.experts.constant_mix.abs().max() < 1
+
+
+def test_an_input_of_another_width_is_refused_in_words() -> None:
+    with pytest.raises(ConfigError, match="built for dim=8, but its input is 6 wide"):
+        MoE(8, 8, 2)(torch.zeros(3, 6))
+
+
+@pytest.mark.parametrize("router", ["topk", "noisy_topk", "gshard"])
+def test_twin_counts_every_matrix_of_the_router(router: str) -> None:
+    config = tiny(MoEConfig(num_experts=64, k=2, hidden=32, router=RouterConfig(router), losses={}))
+    model, twin = build_model(config, device="meta"), build_model(dense_twin(config), device="meta")
+    unit = 3 * config.dim * config.num_layers
+    assert abs(count_parameters(model).active - count_parameters(twin).active) <= unit / 2
+
+
+def test_a_document_number_used_twice_means_two_documents() -> None:
+    model = lively(sparse())
+    ids = some_ids(1, 12)
+    reused = torch.tensor([[0] * 4 + [1] * 4 + [0] * 4])
+    fresh = torch.tensor([[0] * 4 + [1] * 4 + [2] * 4])
+    assert torch.equal(model(ids, document_BS=reused).logits, model(ids, document_BS=fresh).logits)

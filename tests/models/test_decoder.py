@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import MoesaicError
-from moesaic.models import Decoder, MoEConfig, Output, build_model
+from moesaic.models import Decoder, MoEConfig, Output, RouterConfig, build_model
 from moesaic.nn.attention import AttentionContext, attention_mask
 from moesaic.nn.rope import rope_tables
 from moesaic.plan import read
@@ -168,8 +168,10 @@ def test_padding_is_in_no_statistic(router: str) -> None:
         torch.testing.assert_close(LOSSES["switch"](other, ctx), LOSSES["switch"](plan, ctx), **CLOSE)
 
 
-def test_padding_neither_takes_slots_nor_counts_as_dropped() -> None:
-    model = lively(sparse(capacity=CapacityRule(factor=0.5, eval_factor=0.5, minimum=0)))
+@pytest.mark.parametrize("groups", [1, 2])
+def test_padding_neither_takes_slots_nor_counts_as_dropped(groups: int) -> None:
+    rule = CapacityRule(factor=0.5, eval_factor=0.5, minimum=0, groups=groups)
+    model = lively(sparse(capacity=rule, router=RouterConfig("topk", allow_leak=True)))
     text = some_ids(1, 16)
     ids, valid = padded(text[0], 6, 4, others=0, fill=3)
     alone, batch = run(model, text), run(model, ids, valid_BS=valid)

@@ -29,10 +29,11 @@ def tiny(moe: MoEConfig | None = None, **changes: Any) -> ModelConfig:
     return ModelConfig(**(values | changes), moe=moe)
 
 
-def sparse(router: str = "topk", options: dict[str, Any] | None = None, **changes: Any) -> ModelConfig:
+def sparse(router: str | RouterConfig = "topk", options: dict[str, Any] | None = None, **changes: Any) -> ModelConfig:
     """The same with four experts in both layers; keyword arguments of ``MoEConfig`` may follow."""
     k = 1 if router == "switch" else 2
-    moe = {"num_experts": 4, "k": k, "hidden": 12, "losses": {}, "router": RouterConfig(router, options or {})}
+    choice = router if isinstance(router, RouterConfig) else RouterConfig(router, options or {})
+    moe = {"num_experts": 4, "k": k, "hidden": 12, "losses": {}, "router": choice}
     return tiny(MoEConfig(**(moe | changes)))
 
 

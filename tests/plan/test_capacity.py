@@ -298,7 +298,8 @@ def test_accounting_adds_up(
     assert int(capped.counts_E.sum()) == kept
     assert torch.equal(capped.choice_N, plan.choice_N)
     assert torch.equal(capped.weight_N, torch.where(capped.kept_N, plan.weight_N, 0.0))
-    group_N = plan.token_N * groups // max(T, 1)
+    seat_T = (torch.ones(T, dtype=torch.bool) if valid_T is None else valid_T).cumsum(0) - 1  # padding has no seat
+    group_N = (seat_T.clamp(min=0) * groups // max(int(plan.num_valid), 1))[plan.token_N]
     for group in range(groups):
         here_N = capped.kept_N & (group_N == group)
         counts_E = torch.bincount(capped.expert_N[here_N], minlength=E)
@@ -306,10 +307,12 @@ def test_accounting_adds_up(
         # Nobody is turned away while there is room: a lost row's expert (for rerouting, every expert) is full.
         lost_N = (plan.choice_N < E) & ~capped.kept_N & (group_N == group)
         if overflow == "reroute_to_free":
-            assert not lost_N.any() or (counts_E == slots).all()
+            for token in plan.token_N[lost_N].tolist():  # every expert it does not use already is full
+                others = sorted(set(range(E)) - set(capped.expert_TK[token].tolist()))
+                assert (counts_E[others] == slots).all()
         elif overflow != "next_best":
             assert (counts_E[plan.choice_N[lost_N]] == slots).all()
-    if overflow == "next_best":
+    if overflow in ("next_best", "reroute_to_free"):
         for row in capped.expert_TK.tolist():
             real = [e for e in row if e < E]
             assert len(real) == len(set(real))
@@ -319,3 +322,22 @@ def test_accounting_adds_up(
                     group = int(group_N[t * k])
                     counts_E = torch.bincount(capped.expert_N[capped.kept_N & (group_N == group)], minlength=E)
                     assert all(int(counts_E[e]) >= slots for e in range(E) if e not in row)
+
+
+def test_rerouting_gives_a_token_no_expert_twice() -> None:
+    plan = from_topk(torch.tensor([[0, 1], [0, 1], [0, 2], [0, 3]]), torch.full((4, 2), 0.5), 4)
+    capped = drop_over_capacity(plan, 2, overflow="reroute_to_free")
+    # Tokens 2 and 3 lost expert 0. Experts 2 and 3 have one slot left each: 2 may only take 3, and 3 may only take 2.
+    assert capped.expert_TK.tolist() == [[0, 1], [0, 1], [3, 2], [2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "meant"),
+    [("priority", "probabilty", "probability"), ("overflow", "nextbest", "next_best"), ("rounding", "cell", "ceil")],
+)
+def test_misspelt_policies_are_refused_with_the_nearest(name: str, value: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=f'{name} must be one of .* not .{value}..* Did you mean "{meant}"'):
+        CapacityRule(**{name: value})
+    if name != "rounding":
+        with pytest.raises(ConfigError, match=meant):
+            drop_over_capacity(_one_choice([0, 1], [1.0, 1.0]), 1, **{name: value})

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from moesaic.experts.layer import MoE
-from moesaic.experts.special import WithSpecialExperts
 from moesaic.models.decoder import Decoder
 
 
@@ -55,9 +54,10 @@ def count_parameters(model: Decoder) -> ParameterCount:
             add("feed-forward", _size(ffn))  # type: ignore[arg-type]
             continue
         add("router", _size(ffn.router))
-        add("experts", _size(ffn.experts), _used_experts(ffn))
-        if ffn.shared is not None:
-            add("shared experts", _size(ffn.shared))
+        shared = 0 if ffn.shared is None else _size(ffn.shared)
+        add("experts", _size(ffn.experts), ffn.active_parameters() - _size(ffn.router) - shared)
+        if shared:
+            add("shared experts", shared)
     for part in ("embedding", "head"):
         active[part] = parts[part]
     active["norm"] += _size(model.norm)
@@ -66,9 +66,3 @@ def count_parameters(model: Decoder) -> ParameterCount:
 
 def _size(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-
-
-def _used_experts(layer: MoE) -> int:
-    experts = layer.experts
-    stacked = experts.stacked if isinstance(experts, WithSpecialExperts) else experts
-    return _size(stacked) // stacked.num_experts * min(layer.router.k, stacked.num_experts)

@@ -71,6 +71,7 @@ class MoE(nn.Module):
             )
         if shared_gate and not shared:
             raise ConfigError("shared_gate=True needs at least one shared expert; set shared=1.")
+        self.dim = dim
         total = experts + zero + copy + constant
         self.router = router if isinstance(router, Router) else build_router(router, dim, total, k, router_options)
         if self.router.num_experts != total:
@@ -89,9 +90,25 @@ class MoE(nn.Module):
         if self.shared is not None:
             self.shared.reset_parameters(scale, out_scale)
 
+    def active_parameters(self) -> int:
+        """Parameters one token uses: the router, k feed-forward experts at most, and the shared experts.
+
+        An upper bound where zero-computation experts may take some of the k.
+        """
+        stacked = self.experts.stacked if isinstance(self.experts, WithSpecialExperts) else self.experts
+        used = min(self.router.k, stacked.num_experts)
+        per_expert = sum(p.numel() for p in stacked.parameters()) // stacked.num_experts
+        always = [self.router] if self.shared is None else [self.router, self.shared]
+        return used * per_expert + sum(p.numel() for module in always for p in module.parameters())
+
     def forward(self, x: Tensor, ctx: TokenContext = NO_CONTEXT) -> tuple[Tensor, RoutingPlan | SoftPlan]:
-        """(..., D) to (..., D) and the plan that was executed. Padding tokens are read as zeros."""
-        x_TD = x.reshape(-1, x.shape[-1])
+        """(..., D) to (..., D) and the plan that was executed. Padding tokens are read as zeros.
+
+        Raises ``ConfigError`` if the input is not D wide.
+        """
+        if x.shape[-1] != self.dim:
+            raise ConfigError(f"This layer was built for dim={self.dim}, but its input is {x.shape[-1]} wide.")
+        x_TD = x.reshape(-1, self.dim)
         if ctx.valid_T is not None:
             # Padding may hold anything; a NaN there would reach every gradient of the router and of shared experts as 0 * NaN.
             x_TD = torch.where(ctx.valid_T[:, None], x_TD, 0.0)

@@ -33,6 +33,9 @@ class WithSpecialExperts(nn.Module):
     def reset_parameters(self, scale: float = 1.0, out_scale: float = 1.0) -> None:
         """Initialise the stacked experts; constants start as the average of x and 0."""
         self.stacked.reset_parameters(scale, out_scale)
+        if self.constant:
+            nn.init.zeros_(self.constant_v)
+            nn.init.normal_(self.constant_mix, std=0.02)
 
     def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
         """Rows grouped by expert, (N, D) to (N, D). No host synchronisation: kinds are told apart by row number."""

@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moesaic.errors import ConfigError
+from moesaic.errors import ConfigError, one_of
 from moesaic.nn.linear import init_fan_in_
 from moesaic.nn.mlp import ACTIVATIONS, Activation, apply_activation
-from moesaic.ops.grouped import Backend, grouped_mm
+from moesaic.ops.grouped import BACKENDS, Backend, grouped_mm
 
 
 class StackedExperts(nn.Module):
@@ -36,8 +36,8 @@ class StackedExperts(nn.Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ConfigError(f'There is no activation "{activation}"; choose one of {", ".join(ACTIVATIONS)}.')
+        one_of("activation", activation, ACTIVATIONS)
+        one_of("backend", backend, BACKENDS)
         self.num_experts, self.dim, self.hidden = num_experts, dim, hidden
         self.activation, self.gated = activation, gated
         self.backend: Backend = backend

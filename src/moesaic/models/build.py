@@ -18,7 +18,7 @@ from torch import nn
 from moesaic.errors import ConfigError
 from moesaic.experts.layer import MoE
 from moesaic.models.block import Block
-from moesaic.models.config import ModelConfig, pick
+from moesaic.models.config import ModelConfig, MoEConfig, pick
 from moesaic.models.decoder import Decoder
 from moesaic.nn.attention import Attention
 from moesaic.nn.linear import Linear, init_fan_in_
@@ -63,10 +63,11 @@ def _block(config: ModelConfig, layer: int) -> Block:
         eps=config.norm_eps,
     )
     norms = [make_norm(config.norm, config.dim, config.norm_eps) for _ in range(2)]
-    return Block(attention, _ffn(config, layer), norms[0], norms[1], config.norm_placement)
+    return Block(attention, build_ffn(config, layer), norms[0], norms[1], config.norm_placement)
 
 
-def _ffn(config: ModelConfig, layer: int) -> MLP | MoE:
+def build_ffn(config: ModelConfig, layer: int) -> MLP | MoE:
+    """The feed-forward layer of one block, not initialised. Raises ``ConfigError`` for what a decoder must not hold."""
     moe = config.moe
     if moe is None or layer not in config.moe_layers:
         return MLP(config.dim, pick(config.hidden, layer), config.activation, config.gated)
@@ -89,12 +90,29 @@ def _ffn(config: ModelConfig, layer: int) -> MLP | MoE:
         backend=moe.backend,
     )
     check_losses(moe.losses, sparse.router)
-    if not sparse.router.causal and not moe.router.allow_leak:
+    if not moe.router.allow_leak:
+        _refuse_leaks(moe, sparse)
+    return sparse
+
+
+def _refuse_leaks(moe: MoEConfig, sparse: MoE) -> None:
+    """A decoder whose routing looks at later tokens or other sequences must ask for it by name."""
+    instead = "or set model.moe.router.allow_leak=true if you want that."
+    if not sparse.router.causal:
         raise ConfigError(
             f'Router "{moe.router.name}" looks at later tokens, so a decoder trained with it cheats and cannot generate the '
-            "same way; choose a causal router, or set model.moe.router.allow_leak=true if you want that."
+            f"same way; choose a causal router, {instead}"
         )
-    return sparse
+    if not sparse.router.batch_invariant:
+        raise ConfigError(
+            f'Router "{moe.router.name}" looks at the other sequences of a batch, so a text is not read the same in other '
+            f"company; choose a batch-invariant router, {instead}"
+        )
+    if moe.capacity is not None and moe.capacity.eval_factor is not None:
+        raise ConfigError(
+            f"model.moe.capacity.eval_factor={moe.capacity.eval_factor} drops tokens in evaluation because of later tokens and "
+            f"other sequences, so losses flatter and texts depend on their company; leave it null (dropless), {instead}"
+        )
 
 
 def _initialise(model: Decoder) -> None:

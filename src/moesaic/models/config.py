@@ -1,12 +1,11 @@
 """The shape of a model as frozen data: sizes and names only, JSON in and out, impossible combinations refused in words.
 
 >>> cfg = ModelConfig(vocab_size=4096, dim=256, num_layers=6, moe=MoEConfig(num_experts=16, k=2, hidden=256))
->>> twin = dense_twin(cfg)                 # the dense model of equal active parameters
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from moesaic.errors import ConfigError
@@ -158,29 +157,6 @@ class ModelConfig:
 def pick(value: int | tuple[int, ...], index: int) -> int:
     """The entry of a per-layer setting."""
     return value if isinstance(value, int) else value[index]
-
-
-def dense_twin(config: ModelConfig) -> ModelConfig:
-    """The dense model with the same active parameters per token: what the sparse one must beat.
-
-    Each sparse block becomes a dense one of width ``k * hidden + shared * hidden`` plus what the router costs; parameters agree
-    to within one hidden unit per block.
-    """
-    if config.moe is None:
-        return config
-    moe, hidden = config.moe, []
-    matrices = 3 if config.gated else 2
-    for layer in range(config.num_layers):
-        if layer not in config.moe_layers:
-            hidden.append(pick(config.hidden, layer))
-            continue
-        i = config.moe_layers.index(layer)
-        experts = pick(moe.num_experts, i) + moe.zero + moe.copy + moe.constant
-        # Zero-computation experts may take a token's other choices: only so many feed-forward ones can be active.
-        routed = min(pick(moe.k, i), pick(moe.num_experts, i))
-        active = (routed + moe.shared) * pick(moe.hidden, i)
-        hidden.append(active + round(experts / matrices))
-    return replace(config, moe=None, hidden=tuple(hidden))
 
 
 def _check_moe(config: ModelConfig, moe: MoEConfig) -> None:

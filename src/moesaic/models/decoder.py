@@ -62,7 +62,7 @@ class Decoder(nn.Module):
         Args:
             ids_BS: int64 vocabulary ids.
             valid_BS: bool, False on padding: never attended to, never routed, in no statistic.
-            document_BS: int64; attention never crosses documents and positions restart in each.
+            document_BS: int64; each run of equal numbers is a document: attention never leaves it, positions restart in it.
             task_BS: int64 task or domain ids, for routers that use them.
             cache: keys and values of earlier positions; this forward appends to it.
             generator: random numbers for noisy routers in training.
@@ -73,6 +73,8 @@ class Decoder(nn.Module):
         if valid_BS is not None:
             ids_BS = torch.where(valid_BS, ids_BS, 0)  # padding may hold any number
         self._check(ids_BS, S, document_BS, cache)
+        if document_BS is not None:
+            document_BS = _runs(document_BS)
         position_BS = _positions(ids_BS, valid_BS, document_BS, cache)
         attention = self._attention_context(position_BS, valid_BS, document_BS, cache)
         row_BS = torch.arange(B, device=ids_BS.device)[:, None].expand(B, S)
@@ -138,12 +140,16 @@ class Decoder(nn.Module):
             raise MoesaicError("A cache holds one document per row; pass either cache or document_BS.")
 
 
+def _runs(document_BS: Tensor) -> Tensor:
+    """Documents numbered by run, so that a number used twice in a row of the batch still means two documents."""
+    return (document_BS.diff(dim=1, prepend=document_BS[:, :1]) != 0).cumsum(dim=1)
+
+
 def _positions(ids_BS: Tensor, valid_BS: Tensor | None, document_BS: Tensor | None, cache: KVCache | None) -> Tensor:
     """int64 (B, S): index of each token among the real tokens of its document, so that padding changes nothing."""
     counted_BS = torch.ones_like(ids_BS) if valid_BS is None else valid_BS.long()
     before_BS = counted_BS.cumsum(dim=1) - counted_BS
     if document_BS is not None:
-        starts_BS = torch.ones_like(document_BS, dtype=torch.bool)
-        starts_BS[:, 1:] = document_BS[:, 1:] != document_BS[:, :-1]
+        starts_BS = document_BS.diff(dim=1, prepend=document_BS[:, :1] - 1) != 0
         before_BS = before_BS - torch.where(starts_BS, before_BS, 0).cummax(dim=1).values
     return before_BS if cache is None else before_BS + cache.next_position_B1

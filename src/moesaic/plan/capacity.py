@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from moesaic.errors import ConfigError
+from moesaic.errors import ConfigError, one_of
 from moesaic.plan.plan import RoutingPlan
 
 Priority = Literal["position", "probability", "batch", "random"]
 Overflow = Literal["residual", "shared", "fallback_expert", "next_best", "reroute_to_free"]
+Rounding = Literal["ceil", "floor", "round"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class CapacityRule:
         factor, eval_factor: capacity factor in training and in evaluation; None in evaluation means dropless, the default,
             because drops there depend on batch mates (GShard and ST-MoE evaluate with 2.0).
         minimum: least slots in training (0 disables).
-        multiple_of: round C up to a multiple, for kernels.
+        multiple_of: round C up to a multiple, for kernels; T still bounds it.
         priority: who goes first, see ``drop_over_capacity``.
         overflow: what happens to the others, see ``drop_over_capacity``.
         fallback_expert: the catch-all expert of ``overflow="fallback_expert"``.
@@ -43,7 +44,7 @@ class CapacityRule:
 
     factor: float = 1.25
     eval_factor: float | None = None
-    rounding: Literal["ceil", "floor", "round"] = "ceil"
+    rounding: Rounding = "ceil"
     count_k: bool = True
     minimum: int = 4
     multiple_of: int = 1
@@ -54,6 +55,9 @@ class CapacityRule:
     renormalize: bool = False
 
     def __post_init__(self) -> None:
+        one_of("capacity.rounding", self.rounding, get_args(Rounding))
+        one_of("capacity.priority", self.priority, get_args(Priority))
+        one_of("capacity.overflow", self.overflow, get_args(Overflow))
         for name in ("factor", "eval_factor"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -72,7 +76,8 @@ class CapacityRule:
             return None
         ideal = factor * num_tokens * (k if self.count_k else 1) / num_experts
         # 1e-9 absorbs binary fractions: 1.1 * 10 must not become 12 slots.
-        rounded = {"ceil": math.ceil(ideal - 1e-9), "floor": math.floor(ideal + 1e-9), "round": round(ideal)}
+        rounded = {"ceil": math.ceil(ideal - 1e-9), "floor": math.floor(ideal + 1e-9)}
+        rounded["round"] = math.floor(ideal + 0.5)
         slots = rounded[self.rounding]
         slots = max(slots, self.minimum if training else 0)
         slots = -(-slots // self.multiple_of) * self.multiple_of
@@ -117,19 +122,21 @@ def drop_over_capacity(
         overflow: "residual" and "shared": the row goes nowhere, so only the residual stream (and shared experts, where there
             are any) carry the token; "fallback_expert": to that expert, which has no limit; "next_best": to the token's next
             best expert with a free slot (No-Token-Left-Behind; needs ``plan.gate``); "reroute_to_free": to any free slot.
-        groups: tokens are split into this many consecutive groups, each with its own slots.
+        groups: valid tokens are split into this many consecutive groups, each with its own slots.
         renormalize: rescale the surviving weights of a token to their sum before the drop (DeepSpeed normalises after
             dropping, GShard before).
 
     Raises ``ConfigError`` where the plan lacks what the policy needs.
     """
     E = plan.num_experts
+    one_of("priority", priority, get_args(Priority))
+    one_of("overflow", overflow, get_args(Overflow))
     if overflow == "next_best" and (plan.gate is None or plan.per_token is None):
         raise ConfigError('overflow="next_best" needs a router that gives every token scores for all experts.')
     if overflow == "fallback_expert" and (fallback_expert is None or not 0 <= fallback_expert < E):
         raise ConfigError(f"fallback_expert must name one of the {E} experts, not {fallback_expert}.")
     order_N = _priority_order(plan, priority, generator)
-    group_N = plan.token_N * groups // max(plan.num_tokens, 1)
+    group_N = _groups(plan, groups)
     expert_N = _keep_first(plan.expert_N, group_N, order_N, slots, E, exempt=fallback_expert)
     lost_N = plan.kept_N & (expert_N == E)
 
@@ -143,6 +150,14 @@ def drop_over_capacity(
     if renormalize:
         weight_N = renormalized(plan, expert_N)
     return plan.send(expert_N, weight_N)
+
+
+def _groups(plan: RoutingPlan, groups: int) -> Tensor:
+    """int64 (N,): routing group of each row. Padding is not counted, or it would crowd real tokens into fewer groups."""
+    if plan.valid_T is None:
+        return plan.token_N * groups // max(plan.num_tokens, 1)
+    seat_T = (plan.valid_T.cumsum(0) - 1).clamp(min=0)
+    return (seat_T * groups // plan.num_valid.clamp(min=1))[plan.token_N]
 
 
 def _priority_order(plan: RoutingPlan, priority: Priority, generator: torch.Generator | None) -> Tensor:
@@ -202,18 +217,30 @@ def _offer_next_best(
 def _fill_free_slots(
     plan: RoutingPlan, expert_N: Tensor, lost_N: Tensor, group_N: Tensor, order_N: Tensor, slots: int, groups: int
 ) -> Tensor:
-    """Hand lost rows, in priority order, the free slots of their group, lowest expert first."""
+    """Hand lost rows, in priority order, a free slot of their group: the lowest expert their token does not use already.
+
+    A row with no such expert stays lost. Overflow is the exception, so this walks the lost rows one by one on the host.
+    """
     E = plan.num_experts
-    expert_N = expert_N.clone()
-    for group in range(groups):
-        rows = order_N[(lost_N & (group_N == group))[order_N]]
-        here_N = torch.where(group_N == group, expert_N, E)
-        used_E = torch.zeros(E + 1, dtype=torch.int64, device=expert_N.device)
-        used_E = used_E.scatter_add(0, here_N, torch.ones_like(here_N))[:E]
-        free = torch.arange(E, device=expert_N.device).repeat_interleave((slots - used_E).clamp(min=0))
-        taken = min(len(rows), len(free))
-        expert_N[rows[:taken]] = free[:taken]
-    return expert_N
+    free = torch.full((groups, E + 1), slots)
+    cells, taken = (group_N * (E + 1) + expert_N).cpu().unique(return_counts=True)
+    free.view(-1)[cells] -= taken
+    slots_left: list[list[int]] = free[:, :E].tolist()
+    filled_N = expert_N.cpu().clone()
+    rows = order_N[lost_N[order_N]].tolist()
+    tokens, row_groups = plan.token_N.cpu(), group_N.tolist()
+    used: dict[int, set[int]] = {int(tokens[row]): set() for row in rows}
+    for token, expert in zip(tokens.tolist(), filled_N.tolist(), strict=True):
+        if token in used:
+            used[token].add(expert)
+    for row in rows:
+        left, mine = slots_left[row_groups[row]], used[int(tokens[row])]
+        expert = next((e for e in range(E) if left[e] > 0 and e not in mine), E)
+        if expert < E:
+            left[expert] -= 1
+            mine.add(expert)
+            filled_N[row] = expert
+    return filled_N.to(expert_N.device)
 
 
 def renormalized(plan: RoutingPlan, expert_N: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moesaic.errors import ConfigError
+from moesaic.errors import ConfigError, one_of
 from moesaic.plan.capacity import renormalized
 from moesaic.plan.plan import Gate, RoutingPlan
 
@@ -89,6 +89,7 @@ def mask_experts(
         renormalize: rescale a token's surviving weights to their sum before the knockout.
     """
     E = plan.num_experts
+    one_of("policy", policy, ("drop", "next_best"))
     wrong = [e for e in experts if not 0 <= e < E]
     if wrong:
         raise ConfigError(f"There is no expert {wrong[0]}: this layer has experts 0 to {E - 1}.")

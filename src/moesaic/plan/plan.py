@@ -24,6 +24,7 @@ class Gate:
     Attributes:
         logits_TE: fp32 router scores before the score function, differentiable.
         probs_TE: fp32 scores after it (softmax, sigmoid, ...), differentiable, without selection bias.
+        noisy_TE: for noisy gates, the perturbed logits that choice and weights were made from; else None.
         load_probs_TE: for noisy gates, the differentiable probability that each expert is among the chosen
             (Shazeer et al. 2017, appendix A); else None.
     """
@@ -31,6 +32,17 @@ class Gate:
     logits_TE: Tensor
     probs_TE: Tensor
     load_probs_TE: Tensor | None = None
+    noisy_TE: Tensor | None = None
+
+    def detach(self) -> Gate:
+        """The same evidence without a graph."""
+        load, noisy = self.load_probs_TE, self.noisy_TE
+        return Gate(
+            self.logits_TE.detach(),
+            self.probs_TE.detach(),
+            None if load is None else load.detach(),
+            None if noisy is None else noisy.detach(),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,13 +152,11 @@ class RoutingPlan:
 
     def detach(self) -> RoutingPlan:
         """A plan that holds no graph (for traces and statistics)."""
-        gate = self.gate
-        if gate is not None:
-            load = gate.load_probs_TE
-            gate = Gate(gate.logits_TE.detach(), gate.probs_TE.detach(), None if load is None else load.detach())
         scale = self.input_weight_N
         scale = None if scale is None else scale.detach()
-        return replace(self, weight_N=self.weight_N.detach(), input_weight_N=scale, gate=gate)
+        return replace(
+            self, weight_N=self.weight_N.detach(), input_weight_N=scale, gate=self.gate and self.gate.detach()
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +201,7 @@ class SoftPlan:
 
     def detach(self) -> SoftPlan:
         """A plan that holds no graph."""
-        gate = self.gate and Gate(self.gate.logits_TE.detach(), self.gate.probs_TE.detach())
+        gate = self.gate and self.gate.detach()
         return SoftPlan(self.dispatch_TS.detach(), self.combine_TS.detach(), self.num_experts, self.valid_T, gate)
 
 

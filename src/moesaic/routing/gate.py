@@ -10,20 +10,43 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moesaic.errors import ConfigError
+from moesaic.errors import ConfigError, one_of
 from moesaic.plan.plan import Gate, RoutingPlan, at_least_fp32
 from moesaic.routing.context import NO_CONTEXT, TokenContext
 
 Score = Literal["softmax", "sigmoid", "sqrt_softplus"]
 
 
-class Router(nn.Module, ABC):
+class KeepsFp32(nn.Module):
+    """A module whose parameters and buffers never fall below fp32: a router rounds to ties in 8 bits of mantissa."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeepsFp32:
+        """Keep fp32 through ``.to(bfloat16)``, ``.half()`` and the like."""
+
+        def keep_fp32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if tensor.is_floating_point() and moved.dtype.itemsize < 4:
+                return tensor.to(moved.device)
+            return moved
+
+        applied: KeepsFp32 = super()._apply(keep_fp32, recurse)
+        return applied
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A checkpoint holding these tensors in half precision is read into fp32."""
+        for name, tensor in state_dict.items():
+            if name.startswith(prefix) and tensor.is_floating_point() and tensor.dtype.itemsize < 4:
+                state_dict[name] = tensor.float()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Router(KeepsFp32, ABC):
     """The contract. Subclasses are final: variations are options or other routers.
 
     Class facts:
@@ -57,33 +80,16 @@ class Router(nn.Module, ABC):
             f'Router "{type(self).__name__}" cannot weigh experts it did not choose; replay recorded weights.'
         )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        """Keep fp32 through ``.to(bfloat16)``, ``.half()`` and the like: a router rounds to ties in 8 bits of mantissa."""
 
-        def keep_fp32(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if tensor.is_floating_point() and moved.dtype.itemsize < 4:
-                return tensor.to(moved.device)
-            return moved
-
-        applied: Router = super()._apply(keep_fp32, recurse)
-        return applied
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """A checkpoint holding router tensors in half precision is read into fp32."""
-        for name, tensor in state_dict.items():
-            if name.startswith(prefix) and tensor.is_floating_point() and tensor.dtype.itemsize < 4:
-                state_dict[name] = tensor.float()
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-class LinearGate(nn.Module):
+class LinearGate(KeepsFp32):
     """Scores ``x W`` (+ bias), computed in fp32 whatever the dtype of ``x``. Weight (E, D) as in ``nn.Linear``."""
 
     def __init__(self, dim: int, num_experts: int, *, bias: bool = False, init_std: float = 0.02) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, dim, dtype=router_dtype()))
         self.bias = nn.Parameter(torch.zeros(num_experts, dtype=router_dtype())) if bias else None
+        if not init_std >= 0:
+            raise ConfigError(f"init_std must be at least 0, not {init_std}.")
         self.init_std = init_std
         self.reset_parameters()
 
@@ -107,12 +113,14 @@ def router_dtype() -> torch.dtype:
 
 def score(logits_TE: Tensor, how: Score) -> Tensor:
     """fp32 scores (T, E): softmax over experts, or independent sigmoid, or sqrt(softplus) (Megatron-LM)."""
+    one_of("score", how, get_args(Score))
     logits_TE = at_least_fp32(logits_TE)
     if how == "softmax":
         return logits_TE.softmax(dim=-1)
     if how == "sigmoid":
         return logits_TE.sigmoid()
-    return F.softplus(logits_TE).sqrt()
+    # softplus underflows to 0 below about -104, where the root's gradient would be 0 * inf = NaN.
+    return F.softplus(logits_TE).clamp(min=1e-30).sqrt()
 
 
 def choose(scores_TE: Tensor, k: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moesaic.errors import ConfigError
+from moesaic.errors import ConfigError, one_of
 from moesaic.plan.plan import Gate, RoutingPlan, from_topk
 from moesaic.routing.context import NO_CONTEXT, TokenContext
 from moesaic.routing.gate import LinearGate, Router, check_k, choose
@@ -48,6 +48,7 @@ class NoisyTopK(Router):
     ) -> None:
         super().__init__()
         check_k(k, num_experts)
+        one_of("variant", variant, ("shazeer", "vmoe"))
         if k == 1 and variant == "shazeer" and num_experts > 1:
             raise ConfigError(
                 'k=1 with variant="shazeer" renormalises a single weight to exactly 1, so the router gets no task gradient; '
@@ -72,15 +73,15 @@ class NoisyTopK(Router):
             noisy_TE = clean_TE + noise_TE * std_TE
         expert_TK = choose(noisy_TE, self.k)
         load_TE = None if std_TE is None or self.k == self.num_experts else self._load(clean_TE, noisy_TE, std_TE)
-        gate = Gate(clean_TE, clean_TE.softmax(dim=-1), load_TE)
-        weight_TK = self.weigh(Gate(noisy_TE, noisy_TE), expert_TK)
-        return from_topk(expert_TK, weight_TK, self.num_experts, valid_T=ctx.valid_T, gate=gate)
+        gate = Gate(clean_TE, clean_TE.softmax(dim=-1), load_TE, None if std_TE is None else noisy_TE)
+        return from_topk(expert_TK, self.weigh(gate, expert_TK), self.num_experts, valid_T=ctx.valid_T, gate=gate)
 
     def weigh(self, gate: Gate, expert_TK: Tensor) -> Tensor:
         """Softmax over the chosen logits ("shazeer") or the chosen entries of the full softmax ("vmoe")."""
+        logits_TE = gate.logits_TE if gate.noisy_TE is None else gate.noisy_TE
         if self.variant == "shazeer":
-            return gate.logits_TE.gather(1, expert_TK).softmax(dim=-1)
-        return gate.logits_TE.softmax(dim=-1).gather(1, expert_TK)
+            return logits_TE.gather(1, expert_TK).softmax(dim=-1)
+        return logits_TE.softmax(dim=-1).gather(1, expert_TK)
 
     def _noise_std(self, x_TD: Tensor, clean_TE: Tensor) -> Tensor:
         if self.noise_gate is None:

@@ -15,12 +15,13 @@ Legend: T tokens, D model width, E experts, K experts per token.
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from moesaic.errors import ConfigError
+from moesaic.errors import ConfigError, one_of
 from moesaic.plan.plan import Gate, RoutingPlan, from_topk
 from moesaic.routing.balance import bias_step
 from moesaic.routing.context import NO_CONTEXT, TokenContext
@@ -67,6 +68,18 @@ class TopK(Router):
     ) -> None:
         super().__init__()
         check_k(k, num_experts)
+        one_of("score", score, get_args(Score))
+        one_of("normalize", normalize, get_args(Normalize))
+        one_of("group_score", group_score, ("max", "top2_sum"))
+        one_of("bias_rule", bias_rule, ("sign", "proportional"))
+        if not (scale > 0 and math.isfinite(scale)):
+            raise ConfigError(
+                f"scale={scale} would leave the router without gradient or turn it round; it must be above 0."
+            )
+        if not bias_rate >= 0:
+            raise ConfigError(
+                f"bias_rate must be at least 0, not {bias_rate}: a negative one would unbalance the load."
+            )
         if k == 1 and normalize != "none" and num_experts > 1:
             raise ConfigError(
                 f'k=1 with normalize="{normalize}" makes every weight exactly {scale:g}, so the router gets no gradient; '
@@ -177,6 +190,8 @@ class GShardTop2(Router):
     ) -> None:
         super().__init__()
         check_k(k, num_experts)
+        one_of("second", second, ("stochastic", "threshold_stochastic", "threshold", "gumbel", "all"))
+        one_of("eval_second", eval_second, ("all", "threshold"))
         if k != 2:
             raise ConfigError(f'Router "gshard" sends every token to at most two experts, so k must be 2, not {k}.')
         if not 0 < threshold < 1:
