@@ -11,7 +11,7 @@ from moesaic.train.config import TrainConfig
 from moesaic.train.optim import OptimConfig
 
 
-def quickstart(steps: int = 320) -> TrainConfig:
+def quickstart(steps: int = 500) -> TrainConfig:
     """E=16, k=2 on the text of this Python installation: a few minutes on two cores.
 
     Small and narrow on purpose: a wider model sees too few tokens in that time for sparsity to matter (docs/log.md).
@@ -28,13 +28,13 @@ def quickstart(steps: int = 320) -> TrainConfig:
             moe=MoEConfig(num_experts=16, k=2, hidden=192),
         ),
         data=DataConfig(sources=(STDLIB,), vocab_size=2048, stdlib_bytes=8_000_000),
-        optim=OptimConfig(lr=4e-3, schedule="wsd", decay_fraction=0.3),
+        optim=OptimConfig(lr=3e-3, schedule="wsd", decay_fraction=0.3),
         steps=steps,
-        batch_size=16,
+        batch_size=8,
         seq_len=256,
-        eval_every=20,
+        eval_every=25,
         eval_rows=64,
-        checkpoint_every=80,
+        checkpoint_every=100,
         dtype=_dtype(),
     )
 
