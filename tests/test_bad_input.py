@@ -64,7 +64,10 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "only white space": (("train", "--data", "blank.txt"), ("blank.txt holds no text", "give a source")),
     "empty folder": (("train", "--data", "nothing"), ("nothing holds no text", "it is empty")),
     "not UTF-8": (("train", "--data", "latin.txt"), ("latin.txt", "UTF-8", "0xe9", "offset 3", "Convert")),
-    "broken JSON line": (("train", "--data", "broken.jsonl"), ("broken.jsonl:2", "column 13", 'on_error="skip"')),
+    "broken JSON line": (
+        ("train", "--data", "broken.jsonl"),
+        ("broken.jsonl:2", "column 13", 'on_error="skip"', "--set data.on_error=skip"),
+    ),
     "text that is a number": (("train", "--data", "number.jsonl"), ("number.jsonl:2", '"text" is a number', "string")),
     "stdlib among files": (("train", "--data", "a.txt", "stdlib"), ('"stdlib" cannot be mixed', "alone")),
     # settings
@@ -128,20 +131,39 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "report below a file": (("report", "run", "--out", "a.txt/r.html"), ("a.txt/r.html", "another path")),
     "report of nothing": (("report", "nothing"), ("nothing holds no metrics.jsonl", "give the folder")),
     "report of no folder": (("report", "gone"), ("no folder gone", "give the folder")),
-    "resume of no run": (("train", "--resume", "--out", "nothing"), ("nothing is not a training run", "config.json")),
+    "resume of no run": (
+        ("train", "--resume", "--out", "nothing"),
+        ("no run in nothing to resume", "leave out --resume"),
+    ),
+    "resume with text of no run": (
+        ("train", *TRAIN[:-1], "gone", "--resume"),
+        ("no run in gone to resume", "leave out"),
+    ),
+    "resume of no comparison": (
+        ("train", "--resume", "--twin", "--out", "nothing"),
+        ("no run in nothing to resume", "leave out --resume"),
+    ),
     "resume of a model": (
         ("train", "--resume", "--out", "model"),
         ("model is a model directory", "not a training run"),
     ),
-    "quickstart resume of no run": (("quickstart", "--resume", "--out", "nothing"), ("not a training run",)),
+    "quickstart resume of no run": (("quickstart", "--resume", "--out", "nothing"), ("no run in nothing", "leave out")),
     # resume
     "resume as another architecture": (
         ("train", "--resume", "--out", "run", "--set", "model.dim=32"),
-        ("another architecture", "dim is 16 there and 32 here"),
+        ("model.dim cannot change from 16 to 32", "start a new run"),
     ),
     "resume with other text": (
         ("train", "--resume", "--out", "run", "--data", "a.txt"),
-        ("run was trained on other text", "Restore them"),
+        ('data.sources cannot change from ["a.txt", "b.txt"] to ["a.txt"]', "start a new run"),
+    ),
+    "resume with other losses": (
+        ("train", "--resume", "--out", "run", "--set", 'model.moe.losses={"switch":0.5}'),
+        ("model.moe.losses.switch cannot change from 0.01 to 0.5", "start a new run"),
+    ),
+    "resume with fewer steps": (
+        ("train", "--resume", "--out", "run", "--steps", "2"),
+        ("steps=2 is less than the 6 steps run has trained", "start a new run"),
     ),
     # models
     "model not there": (("generate", "gone"), ("nothing at gone", "give a model directory")),

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -95,9 +96,20 @@ def test_resume_goes_by_the_saved_settings(made: Path, capsys: pytest.CaptureFix
     done = call(capsys, "train", *TRAIN[:-1], "longer", "--resume", "--steps", "9")
     assert done.status == 0, done
     assert "Resuming longer at step 8." in done.out
-    # Where there is nothing yet, it starts.
-    done = call(capsys, "train", *TRAIN[:-1], "fresh", "--resume", "--steps", "1")
-    assert "fresh has no checkpoint yet, so the run starts from step 0." in done.out
+    assert "Training a byte-level BPE" not in done.out  # the checkpoint holds the tokenizer
+    assert "Changed from here on: steps from 8 to 9." in done.out
+
+
+def test_resume_of_a_run_without_a_checkpoint_starts_over_with_its_settings(
+    made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(capsys, "train", *TRAIN[:-1], "killed", "--steps", "1").status == 0
+    shutil.rmtree(made / "killed/checkpoints")
+    done = call(capsys, "train", "--out", "killed", "--resume")
+    assert done.status == 0, done
+    assert "killed has no checkpoint yet, so the run starts from step 0." in done.out
+    assert "Done: 1 steps, 64 tokens" in done.out
+    assert json.loads((made / "killed/config.json").read_text())["steps"] == 1
 
 
 def test_train_twins(capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,6 +185,27 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
         assert json_of(call(capsys, "info", file, "--json")) == result
 
 
+def test_info_of_other_kinds_of_experts(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "shared experts" not in call(capsys, "info", "run").out
+    moe = {"num_experts": 2, "k": 4, "hidden": 8, "zero": 1, "copy": 1, "constant": 2, "shared": 1}
+    (made / "kinds.json").write_text(
+        json.dumps({"model": {"vocab_size": 64, "dim": 16, "num_heads": 2, "num_layers": 1, "hidden": 32, "moe": moe}})
+    )
+    out = call(capsys, "info", "kinds.json").out
+    for name, value in (
+        ("feed-forward experts", "2"),
+        ("experts per token", "4, chosen among all, the 4 zero-computation experts included"),
+        ("zero experts", "1"),
+        ("copy experts", "1"),
+        ("constant experts", "2"),
+        ("shared experts", "1"),
+    ):
+        assert re.search(rf"^{name} +{value}$", out, re.M), out
+    assert re.search(r"^[\d,]+ parameters, at most [\d,]+ of them used per token", out)
+    result = json_of(call(capsys, "info", "kinds.json", "--json"))
+    assert (result["constant_experts"], result["shared_experts"]) == (2, 1)
+
+
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     done = call(capsys, "doctor")
     assert done.status == 0
@@ -201,6 +234,7 @@ def test_every_example_parses(name: str, capsys: pytest.CaptureFixture[str]) -> 
     assert done.status == 0
     assert f"usage: moesaic {name}" in done.out
     assert "Examples:" in done.out
+    assert "default: None" not in " ".join(done.out.split())
     shown = " ".join(done.out.split())
     for option in options(cli.COMMANDS[name]):
         assert option in shown

@@ -40,20 +40,28 @@ from moesaic.terminal import guarded, parse, visible
 from moesaic.train.config import TrainConfig
 from moesaic.train.evaluate import evaluate, spread
 from moesaic.train.log import finite
-from moesaic.train.loop import fit_vocabulary, load_run_config, run_training
+from moesaic.train.loop import fit_vocabulary, run_training
 from moesaic.train.recipes import RECIPES
+from moesaic.train.resume import check_run, load_run_config, saved_tokenizer
 from moesaic.train.snapshot import resolve_model_folder
 from moesaic.train.stop import StopRequest
 from moesaic.twins import run_twins
 
 Overrides = Annotated[tuple[str, ...], arg(name="set", metavar="NAME=VALUE ...", help="Settings by dotted name.")]
 Json = Annotated[bool, arg(name="json", help="Print the result as one JSON object on standard output.")]
+_OF_QUICKSTART = "of the recipe, or of the run resumed"
+_OF_TRAIN = "of --config, the recipe, or the run resumed"
+
+
+def _int(words: str, default: str) -> Any:
+    """A whole number whose default is not known before other options are read; help says where it comes from."""
+    return arg(metavar="INT", help=words, help_behavior_hint=f"(default: {default})")
 
 
 def quickstart(
     out: Annotated[Path, arg(help="Folder for both runs and the report.")] = Path("quickstart"),
-    steps: Annotated[int | None, arg(metavar="INT", help="Optimiser steps of each model.")] = None,
-    seed: Annotated[int | None, arg(metavar="INT", help="Seed of initialisation and data order.")] = None,
+    steps: Annotated[int | None, _int("Optimiser steps of each model.", _OF_QUICKSTART)] = None,
+    seed: Annotated[int | None, _int("Seed of initialisation and data order.", _OF_QUICKSTART)] = None,
     set_: Overrides = (),
     resume: Annotated[bool, arg(help="Go on with an interrupted quickstart.")] = False,
     json: Json = False,
@@ -65,9 +73,11 @@ def quickstart(
       moesaic quickstart --out /tmp/try --steps 50
       moesaic quickstart --set model.moe.num_experts=32 model.moe.k=4 optim.lr=2e-3
     """
-    start = load_run_config(out / "sparse") if resume else RECIPES["quickstart"]()
+    start = _saved_run(out, twin=True) if resume else RECIPES["quickstart"]()
     config = _override(to_dict(start), set_, steps=steps, seed=seed)
     _refuse_taken(out, resume=resume, twin=True)
+    if resume:
+        check_run(config, out / "sparse")
     comparison = run_quickstart(config, out, resume=resume, console=_console(json))
     if json:
         _print_json({"folder": str(out), "report": str(comparison.report), **comparison.summary})
@@ -77,10 +87,13 @@ def quickstart(
 def train(
     data: Annotated[tuple[str, ...], arg(help='Files, folders, globs, hf://owner/name; or "stdlib".')] = (),
     out: Annotated[Path, arg(help="Run folder.")] = Path("runs/latest"),
-    config: Annotated[Path | None, arg(metavar="PATH", help="A .json or .toml file with any of the settings.")] = None,
+    config: Annotated[
+        Path | None,
+        arg(metavar="PATH", help="A .json or .toml file with any of the settings.", help_behavior_hint="(optional)"),
+    ] = None,
     recipe: Annotated[Literal["small", "quickstart"], arg(help="Where settings not given come from.")] = "small",
-    steps: Annotated[int | None, arg(metavar="INT", help="Optimiser steps.")] = None,
-    seed: Annotated[int | None, arg(metavar="INT", help="Seed of initialisation, data order and noise.")] = None,
+    steps: Annotated[int | None, _int("Optimiser steps.", _OF_TRAIN)] = None,
+    seed: Annotated[int | None, _int("Seed of initialisation, data order and noise.", _OF_TRAIN)] = None,
     set_: Overrides = (),
     twin: Annotated[bool, arg(help="Also train the dense twin on the same tokens and compare.")] = False,
     resume: Annotated[bool, arg(help="Go on with the run in --out from its last checkpoint.")] = False,
@@ -97,9 +110,7 @@ def train(
     """
     say = _say(_console(json))
     saved = out / "sparse" if twin else out
-    # Resuming goes by the saved settings; where nothing was saved yet, the same command line starts the run anew.
-    going_on = resume and ((saved / "config.json").exists() or not (data or config))
-    settings = to_dict(load_run_config(saved) if going_on else RECIPES[recipe]())
+    settings = to_dict(_saved_run(out, twin=twin) if resume else RECIPES[recipe]())
     given = {} if config is None else load_config_file(config)
     settings = _merge(settings, given)
     if data and isinstance(settings["data"], dict):
@@ -110,8 +121,10 @@ def train(
             "There is no text to train on; name it with --data, for example --data books/ or --data stdlib."
         )
     _refuse_taken(out, resume=resume, twin=twin)
-    corpus = load_corpus(run.data, run.seed, say)
-    fixed = going_on or "vocab_size" in given.get("model", {}) or any(s.startswith("model.vocab_size=") for s in set_)
+    if resume:
+        check_run(run, saved)
+    corpus = load_corpus(run.data, run.seed, say, tokenizer=saved_tokenizer(saved) if resume else None)
+    fixed = resume or "vocab_size" in given.get("model", {}) or any(s.startswith("model.vocab_size=") for s in set_)
     run = fit_vocabulary(run, corpus, explicit=fixed)
     again = f"moesaic train --resume --out {shlex.quote(str(out))}"
     if twin:
@@ -140,10 +153,15 @@ def evaluate_command(
     model: Annotated[Positional[Path], arg(metavar="MODEL", help="Model directory, run or comparison folder.")],
     data: Annotated[tuple[str, ...], arg(help="Text to evaluate on; without it, the run's own validation text.")] = (),
     rows: Annotated[int, arg(help="Rows of text to use, spread over it; 0 uses all.")] = 0,
-    seq_len: Annotated[int | None, arg(metavar="INT", help="Positions of a row; by default as in training.")] = None,
+    seq_len: Annotated[int | None, _int("Positions of a row.", "as in training, else the model's context")] = None,
     batch_size: Annotated[int, arg(help="Rows computed together.")] = 16,
     label_field: Annotated[
-        str | None, arg(metavar="NAME", help="Field of JSONL or parquet that holds the domain.")
+        str | None,
+        arg(
+            metavar="NAME",
+            help="Field of JSONL or parquet that holds the domain.",
+            help_behavior_hint="(default: the file's name)",
+        ),
     ] = None,
     json: Json = False,
 ) -> int:
@@ -255,7 +273,10 @@ def generate(
 
 def report(
     folder: Annotated[Positional[Path], arg(metavar="FOLDER", help="A run or comparison folder.")],
-    out: Annotated[Path | None, arg(metavar="PATH", help="Where to write the page; report.html in the folder.")] = None,
+    out: Annotated[
+        Path | None,
+        arg(metavar="PATH", help="Where to write the page.", help_behavior_hint="(default: report.html in the folder)"),
+    ] = None,
     json: Json = False,
 ) -> int:
     """Write one self-contained page about a run: losses, load, entropy, drops, domains per expert, a sample.
@@ -270,6 +291,9 @@ def report(
     else:
         print(path.resolve())
     return 0
+
+
+_OTHER_EXPERTS = ("zero", "copy", "constant", "shared")
 
 
 def info(
@@ -295,6 +319,7 @@ def info(
         "vocabulary": config.vocab_size,
         "experts": None if moe is None else to_dict(moe.num_experts),
         "experts_per_token": None if moe is None else to_dict(moe.k),
+        **{f"{kind}_experts": None if moe is None else getattr(moe, kind) for kind in _OTHER_EXPERTS},
         "expert_width": None if moe is None else to_dict(moe.hidden),
         "router": None if moe is None else {"name": moe.router.name, **moe.router.options},
     }
@@ -304,17 +329,21 @@ def info(
             {"total": counts.total, "active": counts.active, "parts": parts, **facts, "config": to_dict(config)}
         )
         return 0
-    print(
-        f"{counts.total:,} parameters, {counts.active:,} of them used per token ({counts.active / counts.total:.0%})\n"
-    )
+    # How many of its k experts compute anything is the router's choice, token by token.
+    free = 0 if moe is None else moe.zero + moe.copy + moe.constant
+    at_most = "at most " if free else ""
+    share = f"{counts.active / counts.total:.0%}"
+    print(f"{counts.total:,} parameters, {at_most}{counts.active:,} of them used per token ({share})\n")
     print(f"{'part':<16}{'parameters':>16}{'per token':>16}")
     for part, number in sorted(counts.parts.items(), key=lambda item: -item[1]):
         if number:
             print(f"{part:<16}{number:>16,}{counts.active_parts[part]:>16,}")
     print()
     for name, value in facts.items():
-        if value is not None:
-            print(f"{name.replace('_', ' '):<20}{_plain(value)}")
+        if value is not None and not (name.removesuffix("_experts") in _OTHER_EXPERTS and not value):
+            label = "feed-forward experts" if name == "experts" and free else name.replace("_", " ")
+            more = f", chosen among all, the {free} zero-computation experts included" * (name == "experts_per_token")
+            print(f"{label:<22}{_plain(value)}{more if free else ''}")
     return 0
 
 
@@ -463,6 +492,15 @@ def _refuse_taken(out: Path, *, resume: bool, twin: bool) -> None:
         raise ConfigError(f"{out} holds a single run, not a comparison; choose another --out.")
     if not twin and (out / "sparse" / "checkpoints").exists():
         raise ConfigError(f"{out} holds a comparison (sparse/ and dense/); add --twin, or choose another --out.")
+
+
+def _saved_run(out: Path, *, twin: bool) -> TrainConfig:
+    """The settings of the run to resume, of the sparse one of a comparison. Raises ``ConfigError`` if there is none."""
+    saved = out / "sparse" if twin else out
+    if not (saved / "config.json").exists():
+        _refuse_taken(out, resume=True, twin=twin)
+        raise ConfigError(f"There is no run in {out} to resume; leave out --resume to start one.")
+    return load_run_config(saved)
 
 
 def _at_least(option: str, value: int, least: int) -> None:

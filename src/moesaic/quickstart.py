@@ -17,6 +17,7 @@ from moesaic.data.corpus import load_corpus
 from moesaic.terminal import visible
 from moesaic.train.config import TrainConfig
 from moesaic.train.loop import fit_vocabulary
+from moesaic.train.resume import saved_tokenizer
 from moesaic.train.stop import StopRequest
 from moesaic.twins import Comparison, run_twins
 
@@ -28,7 +29,8 @@ def run_quickstart(config: TrainConfig, out: Path, *, resume: bool, console: Con
         console.print(visible(sentence), markup=False, highlight=False)
 
     again = f"moesaic quickstart --resume --out {shlex.quote(str(out))}"
-    corpus = load_corpus(config.data, config.seed, say)
+    tokenizer = saved_tokenizer(out / "sparse") if resume else None
+    corpus = load_corpus(config.data, config.seed, say, tokenizer=tokenizer)
     with StopRequest(say, resume_with=again) as stop:
         comparison = run_twins(fit_vocabulary(config, corpus), corpus, out, resume=resume, say=say, stop=stop)
     show_comparison(comparison, console, resume_with=again)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -14,19 +15,22 @@ import pytest
 import torch
 
 from moesaic.checkpoint.native import load_config, load_model
-from moesaic.config import from_dict
+from moesaic.config import from_dict, to_dict
 from moesaic.data.packing import PackedRows
 from moesaic.errors import CheckpointError, ConfigError, MoesaicError
 from moesaic.models.config import MoEConfig, RouterConfig
 from moesaic.models.decoder import Decoder
+from moesaic.plan.capacity import CapacityRule
 from moesaic.plan.plan import RoutingPlan
 from moesaic.plan.store import load_trace
+from moesaic.report.runs import read_run
 from moesaic.train import loop
 from moesaic.train.config import TrainConfig
 from moesaic.train.evaluate import Evaluation, evaluate, spread
 from moesaic.train.log import read_metrics
-from moesaic.train.loop import fit_vocabulary, load_run_config, run_training
+from moesaic.train.loop import fit_vocabulary, run_training
 from moesaic.train.optim import learning_rate
+from moesaic.train.resume import load_run_config, saved_tokenizer
 from moesaic.train.step import train_step
 from tests.checkpoint.test_atomic import tree
 from tests.train.tiny_run import StopAfter, tiny_config, tiny_corpus, train
@@ -160,20 +164,127 @@ def test_a_run_is_not_overwritten(run: Path) -> None:
 
 
 def test_resuming_a_finished_run_changes_no_record(run: Path) -> None:
-    before = [r for r in read_metrics(run) if r["kind"] != "end"]
-    result = train(load_run_config(run), run, resume=True)
-    assert (result.reason, result.step) == ("done", 12)
-    assert [r for r in read_metrics(run) if r["kind"] != "end"] == before
-    assert len(of_kind(run, "end")) == 1
+    before, config = read_metrics(run), (run / "config.json").read_text()
+    for again in (load_run_config(run), replace(load_run_config(run), dead_window=9)):
+        result = train(again, run, resume=True)
+        assert (result.reason, result.step) == ("done", 12)
+        assert result.evaluation is not None
+        assert read_metrics(run) == before
+        assert (run / "config.json").read_text() == config
+
+
+def test_a_run_killed_around_its_sample_gets_one(tmp_path: Path) -> None:
+    whole = tmp_path / "run"
+    train(SHORT, whole)
+    before = read_metrics(whole)
+    log = whole / "metrics.jsonl"
+    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:-2]))  # neither sample nor end was logged
+    train(SHORT, whole, resume=True)
+    assert read_metrics(whole) == before
+    # Extended, and killed before the second sample: the file of the first does not stand for it.
+    train(replace(SHORT, steps=14), whole, resume=True)
+    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:-2]))
+    train(replace(SHORT, steps=14), whole, resume=True)
+    assert [r["step"] for r in of_kind(whole, "sample")] == [12, 14]
+
+
+FIXED = {
+    "seed": 7,
+    "seq_len": 12,
+    "batch_size": 2,
+    "accumulate": 2,
+    "dtype": "bf16",
+    "data": replace(SHORT.data, val_fraction=0.3),
+    "model": replace(SHORT.model, moe=None),
+}
+FREE = {
+    "steps": 14,
+    "optim": replace(SHORT.optim, lr=1e-4),
+    "eval_every": 3,
+    "eval_rows": 2,
+    "checkpoint_every": 6,
+    "keep_last": 1,
+    "dead_window": 2,
+    "sample_tokens": 4,
+    "tensorboard": True,
+    "trace_every": 5,
+    "recompute": True,
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    train(SHORT, folder, stop=StopAfter(3))
+    return folder
+
+
+def test_every_setting_is_fixed_or_free() -> None:
+    assert {*FIXED, *FREE} == set(SHORT.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_what_a_run_is_made_of_cannot_change(name: str, stopped: Path) -> None:
+    before = tree(stopped)
+    with pytest.raises(ConfigError, match=rf"^{name}[.\w]* cannot change from .* to .*; start a new run"):
+        train(replace(SHORT, **{name: FIXED[name]}), stopped, resume=True)
+    assert tree(stopped) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"losses": {"switch": 0.5}}, "model.moe.losses.switch cannot change from 0.01 to 0.5"),
+        ({"capacity": CapacityRule(1.5)}, "model.moe.capacity cannot change from unset to "),
+    ],
+)
+def test_losses_and_capacity_are_no_other_architecture(change: dict[str, Any], said: str, stopped: Path) -> None:
+    assert SHORT.model.moe is not None
+    model = replace(SHORT.model, moe=replace(SHORT.model.moe, **change))
+    with pytest.raises(ConfigError, match=said):
+        train(replace(SHORT, model=model), stopped, resume=True)
+
+
+def test_fewer_steps_than_trained_are_refused(stopped: Path) -> None:
+    before = tree(stopped)
+    with pytest.raises(ConfigError, match="steps=2 is less than the 3 steps"):
+        train(replace(SHORT, steps=2), stopped, resume=True)
+    assert tree(stopped) == before
+
+
+def test_a_changed_resume_is_said_and_recorded(stopped: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder)
+    said: list[str] = []
+    changed = replace(SHORT, **FREE, data=replace(SHORT.data, cache_dir="elsewhere"))
+    train(changed, folder, resume=True, say=said.append, stop=StopAfter(7))
+    (sentence,) = [s for s in said if s.startswith("Changed from here on: ")]
+    for words in ("steps from 12 to 14", "optim.lr from ", "eval_every from 5 to 3", "recompute from false to true"):
+        assert words in sentence
+    assert load_run_config(folder) == changed
+    train(changed, folder, resume=True, say=said.append)
+    assert len([s for s in said if s.startswith("Changed")]) == 1
+    records = of_kind(folder, "run")
+    assert [r["config"]["steps"] for r in records] == [12, 14]
+    assert [r["step"] for r in of_kind(folder, "step")] == list(range(1, 15))
+    page = read_run(folder)
+    assert page.config == to_dict(changed)
+    assert (list(page.step), page.end_reason) == (list(range(1, 15)), "done")
+
+
+def test_the_tokenizer_of_the_last_checkpoint(stopped: Path, tmp_path: Path) -> None:
+    found = saved_tokenizer(stopped)
+    assert found is not None
+    assert found.to_str() == tiny_corpus().tokenizer.to_str()
+    assert saved_tokenizer(tmp_path) is None
 
 
 def test_resuming_with_other_text_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     train(SHORT, folder, stop=StopAfter(3))
     before = tree(folder)
-    other = replace(SHORT, data=replace(SHORT.data, sources=("elsewhere",)))
     with pytest.raises(CheckpointError, match="was trained on other text than it is resumed with"):
-        run_training(other, tiny_corpus("other"), folder, resume=True, show_progress=False)
+        run_training(SHORT, tiny_corpus("other"), folder, resume=True, show_progress=False)
     assert tree(folder) == before
     assert train(SHORT, folder, resume=True).step == 12
 
@@ -182,6 +293,8 @@ def test_resuming_with_another_model_is_refused_and_changes_nothing(tmp_path: Pa
     folder = tmp_path / "run"
     train(SHORT, folder, stop=StopAfter(3))
     before = tree(folder)
+    (folder / "config.json").unlink()  # nothing to compare with but the checkpoint itself
+    before.pop("config.json")
     with pytest.raises(CheckpointError):
         train(replace(SHORT, model=replace(SHORT.model, moe=None)), folder, resume=True)
     assert tree(folder) == before

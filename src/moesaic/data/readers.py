@@ -66,7 +66,7 @@ class Documents(Iterator[Document]):
                 self._empty = False
                 return found
             if self._on_error == "raise":
-                raise DataError(f'{found} Such records are left out with on_error="skip".')
+                raise DataError(f'{found} Such records are left out with on_error="skip" (--set data.on_error=skip).')
             self.skipped += 1
             if len(self.problems) < 10:
                 self.problems.append(str(found))

@@ -77,7 +77,8 @@ class MetricsLog:
     folder: the run folder; made if missing.
     resume_step: None starts the file anew. A step continues it: records of later steps, "end" records and a line cut
         short are dropped first, in one atomic replacement, so a resumed run leaves the file an unbroken one would have.
-        The "run" record stays; the caller does not write it again.
+        "run" records stay; the caller writes another only if its config is not ``config``, that of the last one.
+        ``sampled_at`` is the step of the last "sample" record; both are None in a new file.
     tensorboard: write event files too. Without the package one line says so through ``say`` and nothing else changes.
     histogram_every: steps between load histograms in TensorBoard; scalars go there every step.
 
@@ -94,6 +95,8 @@ class MetricsLog:
         say: Callable[[str], None] = print,
     ) -> None:
         self.path = Path(folder) / FILE_NAME
+        self.config: dict[str, Any] | None = None
+        self.sampled_at: int | None = None
         self._layers: Sequence[int] = ()
         with disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +115,9 @@ class MetricsLog:
             if record["kind"] == "end" or record.get("step", 0) > resume_step:
                 continue
             if record["kind"] == "run":
-                self._layers = record.get("layers", ())
+                self._layers, self.config = record.get("layers", ()), record.get("config")
+            if record["kind"] == "sample":
+                self.sampled_at = record.get("step")
             kept.append(line)
         scratch = self.path.with_name(f"{FILE_NAME}.incomplete-{os.getpid()}")
         try:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from moesaic.checkpoint.atomic import atomic_file
-from moesaic.config import from_dict, to_dict
+from moesaic.config import to_dict
 from moesaic.cost.count import count_parameters
 from moesaic.data.corpus import Corpus
 from moesaic.data.packing import PackedRows, RowSampler
@@ -35,6 +35,7 @@ from moesaic.train.evaluate import Evaluation, evaluate, spread
 from moesaic.train.log import MetricsLog, Progress
 from moesaic.train.optim import learning_rate, make_optimizer
 from moesaic.train.recompute import recompute_activations
+from moesaic.train.resume import check_run
 from moesaic.train.snapshot import latest_snapshot, restore_snapshot, save_snapshot
 from moesaic.train.step import StepReading, train_step
 from moesaic.train.stop import StopRequest
@@ -111,26 +112,13 @@ def run_training(
     Args:
         folder: the run folder, made if missing.
         name: shown in the progress line and the report.
-        resume: go on from the newest whole checkpoint (a folder without one starts anew).
+        resume: go on from the newest whole checkpoint (a folder without one starts anew). What a run is made of may not
+            change (see ``train.resume``); other changes are said, and the log then holds one more "run" record.
         stop: asked after every step; Ctrl-C and SIGTERM set it while ``StopRequest`` listens.
 
     Raises ``MoesaicError`` in words; the newest checkpoint then stays as it was.
     """
     return _Run(config, corpus, Path(folder), name, resume, say, show_progress, stop or StopRequest()).go()
-
-
-def load_run_config(folder: str | Path) -> TrainConfig:
-    """The config a run was started with. Raises ``CheckpointError`` if the folder is no run."""
-    path = Path(folder) / "config.json"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} is not a training run: it has no config.json.") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"Cannot read {path}: {error}.") from None
-    if isinstance(data, dict) and "format" in data:
-        raise CheckpointError(f"{folder} is a model directory, not a training run; name the folder of a run.")
-    return from_dict(TrainConfig, data, where=f"{path}: config")
 
 
 class _Run:
@@ -159,11 +147,17 @@ class _Run:
             raise MoesaicError(
                 f"{folder} already holds a training run; add --resume to go on with it, or choose another --out."
             )
+        found = self._found() if resume else None
+        changes = check_run(config, folder) if found is not None else []
         self.model = self._build()
         self.optimizer = make_optimizer(self.model, config.optim)
         self.resumed_at: int | None = None
-        if resume:
-            self._restore()
+        if found is not None:
+            self._restore(found)
+            if self.finished_before:
+                return
+        if changes:
+            self.say(f"Changed from here on: {', '.join(changes)}.")
         # Last, so that a refused run leaves nothing behind and a refused resume the config it was started with.
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -182,7 +176,12 @@ class _Run:
         torch.manual_seed(self.config.seed + 1)
         return model
 
-    def _restore(self) -> None:
+    @property
+    def finished_before(self) -> bool:
+        """Whether nothing was left to train when this sitting began."""
+        return self.resumed_at == self.config.steps
+
+    def _found(self) -> Path | None:
         found = latest_snapshot(self.folder)
         if found is None and any((self.folder / "checkpoints").glob("step-*")):
             raise CheckpointError(
@@ -190,7 +189,9 @@ class _Run:
             )
         if found is None:
             self.say(f"{self.folder} has no checkpoint yet, so the run starts from step 0.")
-            return
+        return found
+
+    def _restore(self, found: Path) -> None:
         saved = restore_snapshot(found, self.model, self.optimizer)
         if saved["corpus"] != self.corpus.fingerprint:
             raise CheckpointError(
@@ -200,6 +201,11 @@ class _Run:
         self.sampler.load_state_dict(saved["sampler"])
         self.state = _State(step=saved["step"], **saved["run"])
         self.resumed_at = self.state.step
+        if self.state.step > self.config.steps:
+            raise ConfigError(
+                f"steps={self.config.steps} is less than the {self.state.step} steps {self.folder} has trained already; "
+                "give at least as many, or start a new run."
+            )
         self.say(f"Resuming {self.folder} at step {self.state.step}.")
 
     def _run_record(self) -> dict[str, Any]:
@@ -230,7 +236,7 @@ class _Run:
         trace = TraceWriter(self.folder / "trace", config.trace_every) if config.trace_every else None
         reason = "done"
         try:
-            if self.resumed_at is None:
+            if log.config != to_dict(config) and not self.finished_before:
                 log.write(self._run_record())
             while state.step < config.steps:
                 started = time.perf_counter()
@@ -257,7 +263,7 @@ class _Run:
                 if stopping and not last:
                     reason = "interrupted"
                     break
-            if reason == "done" and not self._sampled_before():
+            if reason == "done" and log.sampled_at != state.step:
                 self._sample(log)
             log.write({"kind": "end", "step": state.step, "reason": reason})
         finally:
@@ -344,10 +350,6 @@ class _Run:
             is_best=best,
         )
 
-    def _sampled_before(self) -> bool:
-        """Whether this is the resume of a finished run, whose sample is in the log already."""
-        return self.resumed_at == self.config.steps and (self.folder / "sample.txt").exists()
-
     def _sample(self, log: MetricsLog) -> None:
         if not self.config.sample_tokens:
             return
@@ -361,8 +363,9 @@ class _Run:
             top_p=0.95,
             seed=self.config.seed,
         )
-        log.write({"kind": "sample", "step": self.state.step, "prompt": "", "text": text})
+        # The file first: killed between the two, a resumed run finds no record and writes both again.
         atomic_file(self.folder / "sample.txt", text + "\n")
+        log.write({"kind": "sample", "step": self.state.step, "prompt": "", "text": text})
 
 
 def _due(every: int, step: int) -> bool:
