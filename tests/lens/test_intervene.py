@@ -26,7 +26,8 @@ def model() -> Decoder:
 
 def clean(model: Decoder) -> bool:
     """No hook and no edit is left."""
-    return all(not moe.edits and not moe._forward_hooks for moe in model.moe_layers().values())
+    hooks = bool(model._forward_hooks or model._forward_pre_hooks)
+    return not hooks and all(not moe.edits and not moe._forward_hooks for moe in model.moe_layers().values())
 
 
 def logits(model: Decoder) -> Tensor:
@@ -36,6 +37,36 @@ def logits(model: Decoder) -> Tensor:
 
 
 # ---- trace -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_layer_called_by_itself_has_a_record_of_its_own(model: Decoder) -> None:
+    layers = model.moe_layers()
+    x_BSD = torch.randn(2, 5, model.config.dim)
+    with trace(model) as recorded, torch.no_grad():
+        layers[2](x_BSD)
+        model(IDS_BS)
+        layers[2](x_BSD)
+        layers[1](x_BSD)
+    assert [list(plans) for plans in recorded.plans] == [[2], [1, 2], [2], [1]]
+    assert [plan.num_tokens for plan in recorded.layer(2)] == [10, 24, 10]
+
+
+def test_forwards_whose_first_sparse_layer_is_skipped_stay_apart(model: Decoder) -> None:
+    block = model.blocks[1]
+    block.forward = lambda x_BSD, *_: (x_BSD, None)
+    with trace(model) as recorded, torch.no_grad():
+        model(IDS_BS)
+        model(IDS_BS)
+    assert [list(plans) for plans in recorded.plans] == [[2], [2]]
+
+
+def test_a_forward_that_fails_ends_its_record(model: Decoder) -> None:
+    layers = model.moe_layers()
+    with trace(model) as recorded, torch.no_grad():
+        with pytest.raises(MoesaicError, match="outside this model's vocabulary"):
+            model(torch.full((1, 3), 10**6))
+        layers[1](torch.randn(1, 4, model.config.dim))
+    assert [list(plans) for plans in recorded.plans] == [[], [1]]
 
 
 def test_one_record_per_forward_and_what_it_holds(model: Decoder) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from moesaic.plan import read
 from moesaic.plan.capacity import CapacityRule
 from moesaic.plan.plan import Gate, RoutingPlan, from_topk
 from moesaic.routing import NO_CONTEXT, ROUTERS, LinearGate, Router, TokenContext
-from moesaic.train.recompute import RecomputedDispatch, recompute_activations
+from moesaic.train.recompute import RecomputedDispatch, RecomputedForward, recompute_activations
 from moesaic.train.step import train_step
 from tests.models.tiny import lively, some_ids, sparse, tiny
 from tests.train.test_step import batch_of, rows_of
@@ -141,9 +142,30 @@ def test_names_of_parameters_do_not_change_and_applying_twice_is_harmless(name: 
     for layer in model.moe_layers().values():
         assert isinstance(layer.dispatcher, RecomputedDispatch)
         assert not isinstance(layer.dispatcher.inner, RecomputedDispatch)
+    for block in model.blocks:
+        assert isinstance(block.attention.forward, RecomputedForward)
+        assert not isinstance(block.attention.forward.inner, RecomputedForward)
     ids = some_ids(2, 7)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, plain(ids).logits)
+
+
+def test_a_forward_bound_with_partial_is_recomputed_too() -> None:
+    """Someone else's ``functools.partial`` is no sign of being wrapped already."""
+    model = lively(CONFIGS["dense"])
+    attention = model.blocks[0].attention
+    calls: list[int] = []
+
+    def counted(inner: Any, *args: Any) -> Tensor:
+        calls.append(1)
+        result: Tensor = inner(*args)
+        return result
+
+    attention.forward = partial(counted, attention.forward)  # type: ignore[method-assign]
+    recompute_activations(model)
+    assert isinstance(attention.forward, RecomputedForward)
+    model(some_ids(1, 6)).logits.sum().backward()
+    assert len(calls) == 2
 
 
 def test_a_copy_of_the_model_recomputes_its_own_weights() -> None:

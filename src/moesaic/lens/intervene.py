@@ -41,17 +41,31 @@ class Trace:
 
 @contextmanager
 def trace(model: Decoder) -> Iterator[Trace]:
-    """Record the plan of every sparse layer in every forward of ``model`` inside the block."""
+    """Record the plan of every sparse layer in every forward of ``model`` inside the block.
+
+    A sparse layer called by itself, outside any forward of the model, gets a record of its own.
+    """
     recorded = Trace()
     layers = model.moe_layers()
-    first = min(layers, default=-1)
+    inside = False
+
+    def begin(_module: nn.Module, _inputs: Any) -> None:
+        nonlocal inside
+        inside = True
+        recorded.plans.append({})
+
+    def end(_module: nn.Module, _inputs: Any, _output: Any) -> None:
+        nonlocal inside
+        inside = False
 
     def note(layer: int, _module: nn.Module, _inputs: Any, output: tuple[Any, Plan]) -> None:
-        if layer == first:
+        if not inside:
             recorded.plans.append({})
         recorded.plans[-1][layer] = output[1].detach()
 
     handles = [sparse.register_forward_hook(partial(note, layer)) for layer, sparse in layers.items()]
+    if layers:
+        handles += [model.register_forward_pre_hook(begin), model.register_forward_hook(end, always_call=True)]
     try:
         yield recorded
     finally:

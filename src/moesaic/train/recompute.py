@@ -9,7 +9,6 @@ present or future, by construction. Price: each sparse layer keeps its normalise
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -46,7 +45,16 @@ class RecomputedDispatch:
         return y_TD
 
 
+class RecomputedForward:
+    """A module's forward, with its activations recomputed from the same arguments."""
+
+    def __init__(self, inner: Callable[..., Any]) -> None:
+        self.inner = inner
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        return checkpoint(self.inner, *args, use_reentrant=False, **named)
+
+
 def _recompute_forward(module: Any) -> None:
-    forward: Callable[..., Any] = module.forward
-    if not isinstance(forward, partial):
-        module.forward = partial(checkpoint, forward, use_reentrant=False)
+    if not isinstance(module.forward, RecomputedForward):
+        module.forward = RecomputedForward(module.forward)
