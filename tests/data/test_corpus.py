@@ -42,7 +42,8 @@ def test_files_become_a_tokenizer_and_two_views(config: DataConfig) -> None:
     share = corpus.val.num_tokens / (corpus.val.num_tokens + corpus.train.num_tokens)
     assert share == pytest.approx(0.2, abs=0.02)
     assert said[0] == "Training a byte-level BPE tokenizer of 300 tokens ..."
-    assert said[-1].endswith("domains: code, prose.")
+    assert corpus.train.num_documents + corpus.val.num_documents == 4  # each file is cut in two, and still one document
+    assert said[-1].endswith("validation tokens in 2 documents, domains: code, prose.")
 
 
 def test_the_second_time_comes_from_the_cache_and_is_the_same(config: DataConfig, tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ import pytest
 
 from moesaic.errors import DataError, MoesaicError
 from moesaic.report import write_report
-from moesaic.report.charts import band
+from moesaic.report.charts import band, tick_labels
 from moesaic.report.heat import ALPHABET, cell_class, encode
+from moesaic.report.text import duration
 from tests.report.synthetic_runs import dense_records, sparse_records, write_comparison, write_run
 
 VOID = {"meta", "input", "br", "hr", "img", "link", "path", "rect", "circle"}
@@ -280,6 +281,53 @@ def test_huge_run_stays_small(tmp_path: Path) -> None:
     assert len(page.data["load"]["x"]) <= 60
     assert page.data["load"]["x"][-1] == 130 * 8192
     assert "Each column adds up 4 logged steps" in page.text
+
+
+def ticks_of(page: str, title: str) -> list[list[str]]:
+    """The tick labels of each chart of this title: up, and across."""
+    charts = re.findall(rf'<svg class="chart [^>]*aria-label="{title}[^>]*>.*?</svg>', page, re.DOTALL)
+    assert charts
+    return [
+        [*re.findall(r'class="tick"[^>]*text-anchor="end">([^<]+)<', chart)]
+        + [*re.findall(r'class="tick"[^>]*text-anchor="middle">([^<]+)<', chart)]
+        for chart in charts
+    ]
+
+
+def test_ticks_of_a_narrow_range_can_be_told_apart(tmp_path: Path) -> None:
+    records = sparse_records(steps=6, layers=(0,), experts=(4,), domains=("a", "b"))
+    for record in records:
+        if record["kind"] == "val":
+            record["by_domain"] = {"a": 7.5312, "b": 7.5319}
+        if record["kind"] == "step":
+            record["margin"] = [3e-6 + 1e-7 * record["step"]]
+    page = write_report(write_run(tmp_path / "run", records)).read_text()
+    for ticks in ticks_of(page, "Validation loss by domain"):
+        assert len(ticks) == len(set(ticks)) > 1
+        assert all(7.531 <= float(tick) <= 7.532 for tick in ticks)
+    # The margin panel fits what it shows: the highest tick is of the size of the data.
+    box = re.search(r'data-box="([^"]+)"[^>]*data-chart="margin"', page)
+    assert box
+    assert float(box[1].split()[-1]) == pytest.approx(3.6e-6 * 1.1)
+    assert report(tmp_path / "run").data["charts"]["margin"]["digits"] >= 7
+
+
+def test_tick_labels() -> None:
+    def form(tick: float) -> str:
+        return f"{tick:.3g}"
+
+    assert tick_labels([1.0, 2.5], form) == ["1", "2.5"]
+    assert tick_labels([7.5312, 7.5314, 7.5316], form) == ["7.5312", "7.5314", "7.5316"]
+    assert tick_labels([0.02, 0.04], duration) == ["0.02 s", "0.04 s"]
+    assert tick_labels([0.0025, 0.005], lambda t: f"{t:.0f}") == ["0.0025", "0.0050"]
+    assert tick_labels([5.0], form) == ["5"]
+
+
+def test_unused_and_dead_experts_are_told_apart(tmp_path: Path) -> None:
+    records = sparse_records(steps=6, layers=(0,), experts=(4,))
+    records[0]["config"] = {**records[0]["config"], "dead_window": 7}
+    text = report(write_run(tmp_path / "run", records)).text
+    assert 'Got nothing in the 7 steps before each point; the tile "Unused experts" counts the last tenth' in text
 
 
 def test_glossary_names_every_chart(comparison: Path) -> None:

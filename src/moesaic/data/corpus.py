@@ -75,7 +75,7 @@ def load_corpus(
     train, val = split(store, config.val_fraction, seed)
     say(
         f"{train.num_tokens:,} training and {val.num_tokens:,} validation tokens in "
-        f"{train.num_documents + val.num_documents:,} documents, domains: {', '.join(train.labels)}."
+        f"{store.view.num_documents:,} documents, domains: {', '.join(train.labels)}."
     )
     return Corpus(tokenizer, train, val, _fingerprint(store))
 

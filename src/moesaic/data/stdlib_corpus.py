@@ -70,11 +70,6 @@ class StdlibCorpus:
         return "\n".join([f"{'domain':<12}{'documents':>10}{'bytes':>14}{'share':>8}", *rows])
 
 
-def stdlib_documents(max_bytes: int, seed: int) -> list[Document]:
-    """The documents of ``stdlib_corpus``."""
-    return stdlib_corpus(max_bytes, seed).documents
-
-
 def stdlib_corpus(max_bytes: int, seed: int, places: Places | None = None) -> StdlibCorpus:
     """At most ``max_bytes`` of UTF-8 text, shared evenly by the domains as far as each has text.
 

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from moesaic.report.text import big, escape, shorten
+from moesaic.report.text import big, duration, escape, shorten
 
 Number = float | None
 PHONE_WIDTH = 400
@@ -84,6 +84,20 @@ def time_ticks(low: float, high: float, count: int) -> list[float]:
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
+def tick_labels(ticks: Sequence[float], form: Callable[[float], str]) -> list[str]:
+    """Each tick in ``form``; in plain decimals, as many as it takes, where ``form`` would write two ticks alike."""
+    labels = [form(tick) for tick in ticks]
+    if len(set(labels)) == len(labels):
+        return labels
+    near = 1e-6 * min(b - a for a, b in pairwise(ticks))
+    unit = " s" if form is duration else ""
+    for digits in range(16):
+        written = [f"{tick:.{digits}f}" for tick in ticks]
+        if all(abs(float(word) - tick) <= near for word, tick in zip(written, ticks, strict=True)):
+            break
+    return [word + unit for word in written]
+
+
 def padded(values: list[float], floor: float | None = None) -> tuple[float, float]:
     """A y range around ``values`` with air above and below; ``floor`` pins the bottom."""
     if not values:
@@ -143,10 +157,11 @@ def line_chart(series: Sequence[Series], frame: Frame) -> str:
     out = [open_chart(frame, (left, top, width, height), (x_low, x_high), (y_low, y_high))]
     out.append(f'<clipPath id="clip-{frame.chart_id}-{frame.width}"><rect x="{left - 4}" y="{top - 4}" ')
     out.append(f'width="{width + 8}" height="{height + 8}"/></clipPath>')
-    for tick in nice_ticks(y_low, y_high, 4):
+    ticks = nice_ticks(y_low, y_high, 4)
+    for tick, label in zip(ticks, tick_labels(ticks, frame.y_format), strict=True):
         out.append(f'<path class="grid" d="M{left} {short(sy(tick))}h{width}"/>')
         out.append(f'<text class="tick" x="{left - 8}" y="{short(sy(tick) + 4)}" text-anchor="end">')
-        out.append(f"{escape(frame.y_format(tick))}</text>")
+        out.append(f"{escape(label)}</text>")
     out.append(_x_axis(frame, sx, (x_low, x_high), left, top + height, width) if xs else "")
     out.append(f'<text class="axis" x="0" y="14">{escape(frame.y_label)}</text>')
     for value, label in frame.refs:
@@ -190,12 +205,11 @@ def bar_chart(labels: Sequence[str], values: Sequence[Number], frame: Frame) -> 
     high = max([*finite(values), *(v for v, _ in frame.refs), 1e-9]) * 1.12
     slot = width / max(1, len(values))
     out = [open_chart(frame, (left, top, width, height), (0, len(values)), (0, high))]
-    for tick in nice_ticks(0, high, 4):
+    ticks = nice_ticks(0, high, 4)
+    for tick, label in zip(ticks, tick_labels(ticks, frame.y_format), strict=True):
         y = top + height * (1 - tick / high)
         out.append(f'<path class="grid" d="M{left} {short(y)}h{width}"/>')
-        out.append(
-            f'<text class="tick" x="{left - 8}" y="{short(y + 4)}" text-anchor="end">{frame.y_format(tick)}</text>'
-        )
+        out.append(f'<text class="tick" x="{left - 8}" y="{short(y + 4)}" text-anchor="end">{escape(label)}</text>')
     every = max(1, math.ceil(len(values) * 26 / width))
     for i, (label, value) in enumerate(zip(labels, values, strict=True)):
         middle = left + slot * (i + 0.5)
@@ -229,10 +243,11 @@ def dot_rows(names: Sequence[str], columns: Sequence[tuple[str, Sequence[Number]
     def sx(x: float) -> float:
         return left + (x - low) / (high - low) * width
 
-    for tick in nice_ticks(low, high, max(2, int(width / 90))):
+    ticks = nice_ticks(low, high, max(2, int(width / 90)))
+    for tick, label in zip(ticks, tick_labels(ticks, frame.x_format), strict=True):
         out.append(f'<path class="grid" d="M{short(sx(tick))} {top}v{height}"/>')
         out.append(f'<text class="tick" x="{short(sx(tick))}" y="{top + height + 16}" text-anchor="middle">')
-        out.append(f"{escape(frame.x_format(tick))}</text>")
+        out.append(f"{escape(label)}</text>")
     for i, name in enumerate(names):
         y = top + row * (i + 0.5)
         out.append(f'<text class="name" x="{left - 12}" y="{y + 4}" text-anchor="end"><title>{escape(name)}</title>')
@@ -299,8 +314,8 @@ def _x_axis(
 ) -> str:
     ticks = (frame.x_ticks or nice_ticks)(*limits, max(3, int(width / 110)))
     out = [f'<path class="base" d="M{left} {y}h{width}"/>']
-    for tick in ticks:
+    for tick, label in zip(ticks, tick_labels(ticks, frame.x_format), strict=True):
         out.append(f'<text class="tick" x="{short(sx(tick))}" y="{y + 16}" text-anchor="{anchor(sx(tick), frame)}">')
-        out.append(f"{escape(frame.x_format(tick))}</text>")
+        out.append(f"{escape(label)}</text>")
     out.append(f'<text class="axis" x="{left + width}" y="{frame.height - 6}" text-anchor="end">')
     return "".join(out) + f"{escape(frame.x_label)}</text>"

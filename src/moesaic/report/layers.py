@@ -112,13 +112,15 @@ def _window_ticks(tokens: list[float], count: int) -> list[tuple[float, str]]:
         return [(0.5, big(tokens[0]))] if tokens else []
     ends = [0.0, *tokens]
     ticks = charts.nice_ticks(tokens[0], tokens[-1], count)
-    return [(float(np.interp(tick, ends, range(len(ends)))), big(tick)) for tick in ticks]
+    labels = charts.tick_labels(ticks, big)
+    return [(float(np.interp(t, ends, range(len(ends)))), label) for t, label in zip(ticks, labels, strict=True)]
 
 
+_DEAD = 'Got nothing in the {window} before each point; the tile "Unused experts" counts the last tenth of the run.'
 PANELS = (
     ("max_vio", "MaxVio", "busiest ÷ mean load − 1", 2, "", "0 is balance; 1 means the busiest expert gets twice the mean."),
     ("effective", "Effective experts", "experts", 1, "", "How many equally busy experts would spread the load as much."),
-    ("dead", "Dead experts", "experts without a token", 1, "", "Got nothing in a step. A lasting count is wasted memory."),
+    ("dead", "Dead experts", "experts without a token", 1, "", _DEAD),
     ("entropy", "Router entropy", "nats", 2, " nats", "Near ln E the router cannot tell experts apart; near 0 it is sure."),
     ("margin", "Margin", "best − second probability", 3, "", "A small margin is a choice that tiny changes can flip."),
     ("drop_rate", "Drop rate", "% of assignments", 2, "%", "Assignments refused because the expert was full."),
@@ -146,6 +148,8 @@ def panel_section(run: Run, data: Data) -> str:
     value = {name: mean_WML[:, i] for i, name in enumerate(MONITORS)}
     value["drop_rate"] = value["drop_rate"] * 100
     value["effective"] = _effective_experts(run)
+    steps = run.config.get("dead_window")
+    window = text.plural(steps, "step") if isinstance(steps, int) else "steps"
     out = []
     for name, title, y_label, digits, unit, reading in PANELS:
         value_WL = value[name]
@@ -153,6 +157,8 @@ def panel_section(run: Run, data: Data) -> str:
         values = charts.finite(value_WL.reshape(-1).tolist()) or [0.0]
         high = max([*values, *(v for v, _ in refs.get(name, ()))])
         flat = {"dead": 1.0, "drop_rate": 1.0}.get(name, 0.1)
+        if name == "margin" and 0 < high < flat:  # late in a run of undecided routers all are tiny, and still differ
+            flat, digits = high, max(digits, 2 - math.floor(math.log10(high)))
         frame = Frame(
             title,
             "training tokens",
@@ -165,6 +171,7 @@ def panel_section(run: Run, data: Data) -> str:
             y_format=lambda v: f"{v:.3g}",
         )
         keep(data, frame, series, "tokens", digits, unit)
+        reading = reading.format(window=window)
         out.append(figure(title, reading, charts.line_chart(series, frame), css="panel"))
     return layer_key(run) + f'<div class="grid3">{"".join(out)}</div>' + _window_note(run)
 
