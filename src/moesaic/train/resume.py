@@ -24,7 +24,8 @@ from moesaic.train.config import TrainConfig
 from moesaic.train.snapshot import latest_snapshot
 
 _FIXED = ("model", "data", "seed", "seq_len", "batch_size", "accumulate", "dtype")
-_FREE = ("data.cache_dir",)  # where the same tokens lie
+# Where the same tokens lie; that they are the same is checked by their fingerprint when the run is restored.
+_FREE = ("data.cache_dir", "data.sources")
 
 
 def load_run_config(folder: str | Path) -> TrainConfig:
