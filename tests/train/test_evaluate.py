@@ -10,7 +10,7 @@ import torch
 
 from moesaic.data.packing import IGNORE, PackedRows
 from moesaic.errors import DataError
-from moesaic.models import build_model
+from moesaic.models import RouterConfig, build_model
 from moesaic.plan.capacity import CapacityRule
 from moesaic.train.evaluate import Evaluation, evaluate, spread
 from tests.models.tiny import lively
@@ -91,7 +91,8 @@ def test_a_failing_model_is_given_back_in_its_mode() -> None:
 
 def test_domain_load_is_what_was_chosen_before_capacity() -> None:
     loose = lively(tiny_config().model)
-    tight = lively(tiny_config(moe={"capacity": CapacityRule(1.0, 0.25, minimum=1)}).model)
+    asked = {"capacity": CapacityRule(1.0, 0.25, minimum=1), "router": RouterConfig(allow_leak=True)}
+    tight = lively(tiny_config(moe=asked).model)
     one, other = (evaluate(m, rows(), torch.arange(4), 4) for m in (loose, tight))
     assert other.loss != one.loss
     first = [[one.domain_load[n][0], other.domain_load[n][0]] for n in one.domain_load]
