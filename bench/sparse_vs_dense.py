@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", default=["stdlib"], help="text, one domain per file")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=None)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--out", type=Path, default=Path("runs/sparse_vs_dense"))
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings by dotted name")
     parser.add_argument("--resume", action="store_true", help="go on with what is in --out")
@@ -46,8 +46,7 @@ def main() -> None:
 
     settings = apply_overrides(to_dict(quickstart()), args.set)
     settings["data"] |= {"sources": args.data, "label_by": "stem"}
-    if args.steps:
-        settings["steps"] = args.steps
+    settings["steps"] = args.steps
     base = from_dict(TrainConfig, settings)
     rows = []
     for seed in range(args.seeds):

@@ -11,7 +11,7 @@ from moesaic.train.config import TrainConfig
 from moesaic.train.optim import OptimConfig
 
 
-def quickstart(steps: int = 500) -> TrainConfig:
+def quickstart(steps: int = 360) -> TrainConfig:
     """E=16, k=2 on the text of this Python installation: a few minutes on two cores.
 
     Small and narrow on purpose: a wider model sees too few tokens in that time for sparsity to matter (docs/log.md).
