@@ -26,7 +26,7 @@ def run_quickstart(config: TrainConfig, out: Path, *, resume: bool, console: Con
     """Train both models and print what came of it. Raises ``MoesaicError`` in words."""
 
     def say(sentence: str) -> None:
-        console.print(visible(sentence), markup=False, highlight=False)
+        console.print(visible(sentence), markup=False, highlight=False, soft_wrap=True)
 
     again = f"moesaic quickstart --resume --out {shlex.quote(str(out))}"
     tokenizer = saved_tokenizer(out / "sparse") if resume else None
@@ -67,9 +67,9 @@ def show_comparison(comparison: Comparison, console: Console, resume_with: str) 
     verdict = comparison.verdict
     if verdict is not None:
         console.print()
-        console.print(f"[bold]{escape(verdict.headline)}[/bold]", highlight=False)
+        console.print(f"[bold]{escape(verdict.headline)}[/bold]", highlight=False, soft_wrap=True)
         for sentence in verdict.details:
-            console.print(sentence, markup=False, highlight=False)
+            console.print(sentence, markup=False, highlight=False, soft_wrap=True)
     sample = comparison.folder / "sparse" / "sample.txt"
     if sample.exists():
         console.print("\n[bold]What the sparse model writes[/bold]")
