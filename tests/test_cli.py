@@ -15,6 +15,7 @@ import pytest
 
 import moesaic
 from moesaic import cli
+from moesaic.config import apply_overrides
 from moesaic.terminal import guarded, options, parse, visible
 from tests.command import TRAIN, Done, call, make_project, run, start
 
@@ -229,7 +230,7 @@ def test_every_example_parses(name: str, capsys: pytest.CaptureFixture[str]) -> 
         call_bound = parse(cli.COMMANDS[name], name, args)
         assert call_bound.func is cli.COMMANDS[name]  # type: ignore[attr-defined]
         for override in call_bound.keywords.get("set_", ()):  # type: ignore[attr-defined]
-            assert cli.apply_overrides(cli.to_dict(cli.RECIPES["quickstart"]()), [override])
+            assert apply_overrides(cli.to_dict(cli.RECIPES["quickstart"]()), [override])
     done = call(capsys, name, "--help")
     assert done.status == 0
     assert f"usage: moesaic {name}" in done.out
@@ -244,7 +245,7 @@ def test_the_overrides_in_examples_are_settings() -> None:
     for name in ("quickstart", "train"):
         for args in examples(name):
             bound = parse(cli.COMMANDS[name], name, args[1:]).keywords  # type: ignore[attr-defined]
-            cli._override(cli.to_dict(cli.RECIPES["quickstart"]()), bound["set_"], steps=None, seed=None)
+            cli.override(cli.to_dict(cli.RECIPES["quickstart"]()), bound["set_"], steps=None, seed=None)
 
 
 def test_the_front_door(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ LEVELS = {
     **dict.fromkeys(["checkpoint", "parallel", "cost", "infer"], 4),
     **dict.fromkeys(["train", "compress", "lens"], 5),
     **dict.fromkeys(["audit", "report", "serve"], 6),
-    "twins": 7,
+    **dict.fromkeys(["twins", "settings"], 7),
     "quickstart": 8,
     "__init__": 9,
     "cli": 10,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import json as json_module
-import os
 import shlex
 import sys
 import warnings
@@ -22,7 +21,7 @@ from tyro.conf import Positional, arg
 
 import moesaic
 from moesaic.checkpoint.native import load_config
-from moesaic.config import apply_overrides, from_dict, load_config_file, to_dict
+from moesaic.config import from_dict, load_config_file, to_dict
 from moesaic.cost.count import count_parameters
 from moesaic.cost.devices import doctor as examine
 from moesaic.cost.devices import format_doctor
@@ -32,10 +31,11 @@ from moesaic.data.packing import PackedRows
 from moesaic.errors import ConfigError, nearest
 from moesaic.infer.generate import generate_texts
 from moesaic.infer.sampling import SamplingConfig
-from moesaic.models import Decoder, ModelConfig, build_model
+from moesaic.models import ModelConfig
 from moesaic.quickstart import run_quickstart, show_comparison
 from moesaic.report.page import write_report
 from moesaic.routing import ROUTERS
+from moesaic.settings import merge, override, refuse_taken, saved_run, shape
 from moesaic.terminal import guarded, parse, visible
 from moesaic.train.config import TrainConfig
 from moesaic.train.evaluate import evaluate, spread
@@ -70,12 +70,12 @@ def quickstart(
 
     Examples:
       moesaic quickstart
-      moesaic quickstart --out /tmp/try --steps 50
+      moesaic quickstart --out try --steps 50
       moesaic quickstart --set model.moe.num_experts=32 model.moe.k=4 optim.lr=2e-3
     """
-    start = _saved_run(out, twin=True) if resume else RECIPES["quickstart"]()
-    config = _override(to_dict(start), set_, steps=steps, seed=seed)
-    _refuse_taken(out, resume=resume, twin=True)
+    start = saved_run(out, twin=True) if resume else RECIPES["quickstart"]()
+    config = override(to_dict(start), set_, steps=steps, seed=seed)
+    refuse_taken(out, resume=resume, twin=True)
     if resume:
         check_run(config, out / "sparse")
     comparison = run_quickstart(config, out, resume=resume, console=_console(json))
@@ -110,17 +110,17 @@ def train(
     """
     say = _say(_console(json))
     saved = out / "sparse" if twin else out
-    settings = to_dict(_saved_run(out, twin=twin) if resume else RECIPES[recipe]())
+    settings = to_dict(saved_run(out, twin=twin) if resume else RECIPES[recipe]())
     given = {} if config is None else load_config_file(config)
-    settings = _merge(settings, given)
+    settings = merge(settings, given)
     if data and isinstance(settings["data"], dict):
         settings["data"]["sources"] = list(data)
-    run = _override(settings, set_, steps=steps, seed=seed)
+    run = override(settings, set_, steps=steps, seed=seed)
     if not run.data.sources:
         raise ConfigError(
             "There is no text to train on; name it with --data, for example --data books/ or --data stdlib."
         )
-    _refuse_taken(out, resume=resume, twin=twin)
+    refuse_taken(out, resume=resume, twin=twin)
     if resume:
         check_run(run, saved)
     corpus = load_corpus(run.data, run.seed, say, tokenizer=saved_tokenizer(saved) if resume else None)
@@ -283,7 +283,7 @@ def report(
 
     Examples:
       moesaic report runs/books
-      moesaic report quickstart --out /tmp/page.html
+      moesaic report quickstart --out page.html
     """
     path = write_report(folder, out)
     if json:
@@ -307,7 +307,7 @@ def info(
       moesaic info run.toml --json
     """
     config = _model_config(model)
-    counts = count_parameters(_shape(config))
+    counts = count_parameters(shape(config))
     moe = config.moe
     facts = {
         "layers": config.num_layers,
@@ -441,66 +441,6 @@ def _say(console: Console) -> Callable[[str], None]:
 
 def _print_json(value: dict[str, Any]) -> None:
     print(json_module.dumps(finite(value), default=str, allow_nan=False))
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """``base`` with the entries of ``over``; tables are merged, everything else replaced. Router options are replaced whole."""
-    merged = dict(base)
-    for key, value in over.items():
-        mine = merged.get(key)
-        both = isinstance(mine, dict) and isinstance(value, dict)
-        merged[key] = _merge(mine, value) if both and key not in ("options", "losses") else value  # type: ignore[arg-type]
-    return merged
-
-
-def _override(
-    settings: dict[str, Any], overrides: Sequence[str], *, steps: int | None, seed: int | None
-) -> TrainConfig:
-    settings = apply_overrides(settings, overrides)
-    if steps is not None:
-        settings["steps"] = steps
-    if seed is not None:
-        settings["seed"] = seed
-    config = from_dict(TrainConfig, settings)
-    _shape(config.model)
-    return config
-
-
-def _shape(config: ModelConfig) -> Decoder:
-    """The model without memory. Raises ``ConfigError`` for whatever cannot be built, before any text is read."""
-    try:
-        return build_model(config, device="meta")
-    except (RuntimeError, TypeError) as error:
-        if "overflow" not in str(error).lower():
-            raise
-        raise ConfigError(f"No memory can hold this model ({str(error).splitlines()[0]}); lower its sizes.") from None
-
-
-def _refuse_taken(out: Path, *, resume: bool, twin: bool) -> None:
-    """Stop before any text is read if ``out`` holds something that a new run would damage or be mixed up with."""
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ConfigError(f"Cannot write to {out}: {there} is no folder you may write to; choose another --out.")
-    parts = [out / "sparse", out / "dense"] if twin else [out]
-    if not resume and any((part / "checkpoints").exists() for part in parts):
-        raise ConfigError(
-            f"{out} already holds a training run; add --resume to go on with it, or choose another --out."
-        )
-    if (out / "manifest.json").exists():
-        raise ConfigError(f"{out} is a model directory, which a run would overwrite; choose another --out.")
-    if twin and (out / "checkpoints").exists():
-        raise ConfigError(f"{out} holds a single run, not a comparison; choose another --out.")
-    if not twin and (out / "sparse" / "checkpoints").exists():
-        raise ConfigError(f"{out} holds a comparison (sparse/ and dense/); add --twin, or choose another --out.")
-
-
-def _saved_run(out: Path, *, twin: bool) -> TrainConfig:
-    """The settings of the run to resume, of the sparse one of a comparison. Raises ``ConfigError`` if there is none."""
-    saved = out / "sparse" if twin else out
-    if not (saved / "config.json").exists():
-        _refuse_taken(out, resume=True, twin=twin)
-        raise ConfigError(f"There is no run in {out} to resume; leave out --resume to start one.")
-    return load_run_config(saved)
 
 
 def _at_least(option: str, value: int, least: int) -> None:
