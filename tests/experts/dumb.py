@@ -34,11 +34,14 @@ def reference_layer(layer: MoE, x_TD: Tensor, ctx: TokenContext) -> tuple[Tensor
     plan = layer.route(x_TD, ctx)
     one, E = layer.experts.compute_one, layer.router.num_experts
     if isinstance(plan, SoftPlan):
-        slots = [
-            sum(plan.dispatch_TS[t, s] * x_TD[t] for t in range(len(x_TD))) for s in range(plan.dispatch_TS.shape[1])
-        ]
-        outputs = [one(s // plan.slots_per_expert, slot) for s, slot in enumerate(slots)]
-        y_TD = torch.stack([sum(plan.combine_TS[t, s] * y for s, y in enumerate(outputs)) for t in range(len(x_TD))])
+        G, size, S = plan.dispatch_GTS.shape
+        outputs = []
+        for g in range(G):
+            group = x_TD[g * size : (g + 1) * size]
+            slots = [sum(plan.dispatch_GTS[g, t, s] * group[t] for t in range(size)) for s in range(S)]
+            done = [one(s // plan.slots_per_expert, slot) for s, slot in enumerate(slots)]
+            outputs += [sum(plan.combine_GTS[g, t, s] * y for s, y in enumerate(done)) for t in range(size)]
+        y_TD = torch.stack(outputs)
     elif plan.input_weight_N is None:
         y_TD = reference.moe(x_TD, plan.token_N, plan.expert_N, plan.weight_N, one, E)
     else:

@@ -61,7 +61,7 @@ def test_every_router_is_in_the_table() -> None:
 @pytest.mark.parametrize(("name", "k", "options"), ROUTER_CASES)
 def test_every_router(name: str, k: int, options: dict[str, Any], backend: str, dtype: Any, tolerance: float) -> None:
     layer = _layer(name, k, options, backend, dtype, shared=1)
-    losses = ALL_LOSSES | ({"load": 0.2} if layer.router.has_load_estimate else {})
+    losses = ALL_LOSSES | ({"load": 0.2} if layer.router.facts.has_load_estimate else {})
     assert_truth(layer, torch.randn(6, 8, dtype=dtype), losses=losses, tolerance=tolerance)
     layer.eval()
     assert_truth(layer, torch.randn(6, 8, dtype=dtype), losses=ALL_LOSSES, tolerance=tolerance)
@@ -161,7 +161,7 @@ class TestHardLoads:
         valid = [1, 0, 1, 1, 0, 1, 1]
         x_TD = torch.randn(7, 8, dtype=dtype)
         x_TD[[1, 4]] = rubbish
-        losses = ALL_LOSSES | ({"load": 0.2} if layer.router.has_load_estimate else {})
+        losses = ALL_LOSSES | ({"load": 0.2} if layer.router.facts.has_load_estimate else {})
         assert_truth(layer, x_TD, valid=valid, losses=losses, tolerance=tolerance)
 
 
@@ -211,8 +211,8 @@ def _soft(logits_TE: Tensor, ctx: TokenContext) -> SoftPlan:
     logits_TS = torch.cat([logits_TE, 0.5 * logits_TE.flip(1)], dim=1)
     if ctx.valid_T is not None:
         masked_TS = logits_TS.masked_fill(~ctx.valid_T[:, None], float("-inf"))
-        return SoftPlan(masked_TS.softmax(0), logits_TS.softmax(1), logits_TE.shape[1], ctx.valid_T)
-    return SoftPlan(logits_TS.softmax(0), logits_TS.softmax(1), logits_TE.shape[1])
+        return SoftPlan(masked_TS.softmax(0)[None], logits_TS.softmax(1)[None], logits_TE.shape[1], ctx.valid_T)
+    return SoftPlan(logits_TS.softmax(0)[None], logits_TS.softmax(1)[None], logits_TE.shape[1])
 
 
 @pytest.mark.parametrize(("backend", "dtype", "tolerance"), BACKENDS)

@@ -14,7 +14,7 @@ from moesaic.errors import ConfigError
 from moesaic.experts import MoE
 from moesaic.models import ModelConfig, MoEConfig, RouterConfig, build_model, dense_twin
 from moesaic.plan import CapacityRule
-from moesaic.routing import ROUTERS, TopK
+from moesaic.routing import ROUTERS, Facts, TopK
 from tests.models.tiny import lively, some_ids, sparse, tiny
 
 # A normal distribution cut at two standard deviations is narrower by this factor: sqrt(1 - 4 pdf(2) / (2 cdf(2) - 1)).
@@ -160,7 +160,7 @@ def test_a_router_or_loss_that_cannot_be_is_refused_in_words() -> None:
 
 
 class _Peeking(TopK):
-    causal = False
+    facts = Facts(causal=False)
 
 
 def test_a_router_that_looks_ahead_is_refused_unless_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +183,7 @@ def test_casting_a_model_keeps_its_routers_in_fp32() -> None:
 
 @pytest.mark.parametrize("fact", ["causal", "batch_invariant"])
 def test_a_router_that_leaks_must_be_asked_for(fact: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    leaky = type("Leaky", (TopK,), {fact: False})
+    leaky = type("Leaky", (TopK,), {"facts": Facts(**{fact: False})})
     monkeypatch.setitem(ROUTERS, "leaky", leaky)
     with pytest.raises(ConfigError, match='"leaky" looks at .*allow_leak=true'):
         build_model(sparse("leaky"), device="meta")

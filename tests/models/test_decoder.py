@@ -31,7 +31,7 @@ CONFIGS = {
     ),
     "special": sparse(shared=1, shared_gate=True, zero=1, copy=1, constant=1, k=3),
 }
-EVERY_ROUTER = [name for name, router in ROUTERS.items() if router.causal and router.batch_invariant]
+EVERY_ROUTER = [name for name, router in ROUTERS.items() if router.facts.causal and router.facts.batch_invariant]
 
 
 def run(model: Decoder, ids_BS: Tensor, **more: Tensor) -> Output:

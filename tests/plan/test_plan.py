@@ -93,8 +93,8 @@ def test_detach_holds_no_graph() -> None:
     assert torch.equal(bare.weight_N, plan.weight_N)
     assert bare.gate is not None
     assert bare.gate.load_probs_TE is not None
-    soft = SoftPlan(probs_TE, probs_TE, 3, gate=Gate(logits_TE, probs_TE)).detach()
-    assert not soft.combine_TS.requires_grad
+    soft = SoftPlan(probs_TE[None], probs_TE[None], 3, gate=Gate(logits_TE, probs_TE)).detach()
+    assert not soft.combine_GTS.requires_grad
     assert soft.gate is not None
     assert not soft.gate.logits_TE.requires_grad
 
@@ -107,7 +107,7 @@ def test_counts_leave_out_nowhere() -> None:
 def test_soft_plan_by_hand() -> None:
     # X Phi = 0 with 3 tokens and 4 slots: dispatch 1/3, combine 1/4.
     logits_TS = torch.zeros(3, 4)
-    plan = SoftPlan(logits_TS.softmax(dim=0), logits_TS.softmax(dim=1), num_experts=2)
+    plan = SoftPlan(logits_TS.softmax(dim=0)[None], logits_TS.softmax(dim=1)[None], num_experts=2)
     assert plan.counts_E.tolist() == [2, 2]
     assert (plan.num_tokens, plan.slots_per_expert) == (3, 2)
     x_TD = torch.tensor([[3.0], [6.0], [0.0]])

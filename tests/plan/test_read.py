@@ -110,7 +110,9 @@ def test_loose_rows_and_soft_plans_can_be_read() -> None:
     assert read.load(plan).tolist() == [1, 2]
     torch.testing.assert_close(read.co_activation(plan), torch.tensor([[0, 1], [0.5, 0]], dtype=torch.float64))
     logits_TS = torch.zeros(3, 4)
-    soft = SoftPlan(logits_TS.softmax(0), logits_TS.softmax(1), 2, gate=Gate(logits_TS, logits_TS.softmax(1)))
+    soft = SoftPlan(
+        logits_TS.softmax(0)[None], logits_TS.softmax(1)[None], 2, gate=Gate(logits_TS, logits_TS.softmax(1))
+    )
     assert read.load(soft).tolist() == [2, 2]
     assert float(read.drop_rate(soft)) == 0.0
     assert float(read.router_entropy(soft)) == pytest.approx(math.log(4))

@@ -64,7 +64,7 @@ def test_bitwise_round_trip(tmp_path: Path, seed: int, T: int, E: int, k: int, k
         token_N = torch.randint(0, max(T, 1), (T * k,), generator=generator)
         plan = from_rows(token_N, expert_TK.flatten(), weight_TK.flatten(), T, E, valid_T=valid_T, gate=gate)
     else:
-        plan = SoftPlan(logits_TE.softmax(0), logits_TE.softmax(1), logits_TE.shape[1], valid_T, gate)
+        plan = SoftPlan(logits_TE.softmax(0)[None], logits_TE.softmax(1)[None], logits_TE.shape[1], valid_T, gate)
     # Layers of one forward share valid_T and possibly more.
     save_trace(tmp_path / "t.safetensors", {3: plan, 11: plan}, {"step": 7, "text": "ä"}, keep_gate=True)
     plans, info = load_trace(tmp_path / "t.safetensors")

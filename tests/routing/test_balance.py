@@ -12,7 +12,17 @@ from torch import Tensor
 from moesaic.errors import ConfigError
 from moesaic.plan import CapacityRule, RoutingPlan
 from moesaic.plan.read import cv_squared, max_violation
-from moesaic.routing import LOSSES, LossContext, NoisyTopK, TopK, balance_loss, bias_step, check_losses
+from moesaic.routing import (
+    LOSSES,
+    Facts,
+    LossContext,
+    NoisyTopK,
+    StepStats,
+    TopK,
+    balance_loss,
+    bias_step,
+    check_losses,
+)
 from tests.routing.gates import identity_router, padded, route
 
 PLAIN = LossContext()
@@ -200,7 +210,7 @@ def test_losses_that_cannot_teach_are_refused() -> None:
         check_losses({"load": 1.0}, TopK(4, 4, 2))
 
     class Table(TopK):
-        has_gate = False
+        facts = Facts(has_gate=False)
 
     with pytest.raises(ConfigError, match="no gradient path into router Table"):
         check_losses({"z": 1.0}, Table(4, 4, 2))
@@ -226,6 +236,6 @@ def test_the_bias_balances_a_skewed_router() -> None:
     logits_TE = torch.randn(256, 4) + torch.tensor([2.0, 0.0, 0.0, -2.0])
     start = float(max_violation(router(logits_TE).choice_counts_E))
     for _ in range(100):
-        router.after_step(router(logits_TE).choice_counts_E)
+        router.after_step(StepStats(router(logits_TE).choice_counts_E))
     assert start > 1.5
     assert float(max_violation(router(logits_TE).choice_counts_E)) < 0.2

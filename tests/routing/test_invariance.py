@@ -38,8 +38,8 @@ def test_dropless_routers_are_prefix_causal_and_batch_invariant(name: str, optio
         other_BSD[0, t] = torch.randn(8)
         moved_BS = _moved(layer, x_BSD, other_BSD)
         assert moved_BS.nonzero().tolist() == [[0, t]]  # nothing before, nothing after, no other row
-    assert ROUTERS[name].causal
-    assert ROUTERS[name].batch_invariant
+    assert ROUTERS[name].facts.causal
+    assert ROUTERS[name].facts.batch_invariant
     torch.testing.assert_close(layer(x_BSD[:1])[0], layer(x_BSD)[0][:1], atol=1e-12, rtol=0)
 
 

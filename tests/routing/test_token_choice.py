@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import ConfigError
-from moesaic.routing import ROUTERS, TopK, build_router, router_options
+from moesaic.routing import ROUTERS, StepStats, TopK, build_router, router_options
 from tests.routing.gates import identity_router, padded, route
 
 Z = [[2.0, 1.0, 0.0, -1.0]]
@@ -155,14 +155,14 @@ def test_padding_goes_nowhere_and_weighs_nothing() -> None:
 
 def test_after_step_moves_only_a_bias_that_exists() -> None:
     with_bias = TopK(4, 4, 2, balance_bias=True, bias_rate=0.5)
-    with_bias.after_step(torch.tensor([10, 0, 5, 5]))
+    with_bias.after_step(StepStats(torch.tensor([10, 0, 5, 5])))
     assert with_bias.choice_bias_E is not None
     assert with_bias.choice_bias_E.tolist() == [-0.5, 0.5, 0.0, 0.0]
     without = TopK(4, 4, 2)
-    without.after_step(torch.tensor([10, 0, 5, 5]))
+    without.after_step(StepStats(torch.tensor([10, 0, 5, 5])))
     assert without.choice_bias_E is None
     frozen = TopK(4, 4, 2, balance_bias=True, bias_rate=0.0)
-    frozen.after_step(torch.tensor([10, 0, 5, 5]))
+    frozen.after_step(StepStats(torch.tensor([10, 0, 5, 5])))
     assert frozen.get_buffer("choice_bias_E").tolist() == [0.0] * 4
 
 

@@ -17,7 +17,7 @@ from moesaic.infer.generate import generate
 from moesaic.models.config import MoEConfig, RouterConfig
 from moesaic.plan.plan import Gate, RoutingPlan, from_topk
 from moesaic.report import write_report
-from moesaic.routing import NO_CONTEXT, ROUTERS, LinearGate, Router, TokenContext, router_options
+from moesaic.routing import NO_CONTEXT, ROUTERS, LinearGate, Router, StepStats, TokenContext, router_options
 from moesaic.routing.gate import check_k, choose
 from moesaic.train.config import TrainConfig
 from moesaic.train.log import read_metrics
@@ -58,9 +58,9 @@ class CosineRouter(Router):
         weight_TK = probs_TE.gather(1, expert_TK)
         return from_topk(expert_TK, weight_TK, self.num_experts, valid_T=ctx.valid_T, gate=Gate(logits_TE, probs_TE))
 
-    def after_step(self, counts_E: Tensor) -> None:
+    def after_step(self, stats: StepStats) -> None:
         """Exponential mean of each expert's share."""
-        self.mean_load_E.mul_(0.9).add_(0.1 * counts_E / counts_E.sum())
+        self.mean_load_E.mul_(0.9).add_(0.1 * stats.counts_E / stats.counts_E.sum())
 
 
 @pytest.fixture(autouse=True)

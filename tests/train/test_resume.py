@@ -119,7 +119,7 @@ def test_the_records_compared_hold_every_figure_of_a_step(unbroken: dict[str, Pa
         step = next(r for r in records if r["kind"] == "step" and r["step"] == 20)
         assert set(step) == {
             *("kind", "step", "tokens", "loss", "lm_loss", "lr", "grad_norm", "losses", "dead", "load"),
-            *("max_vio", "drop_rate", "entropy", "margin"),
+            *("max_vio", "drop_rate", "entropy", "margin", "per_token"),
         }
         losses = [r["loss"] for r in records if r["kind"] == "step"]
         assert len(set(losses)) == 40

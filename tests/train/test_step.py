@@ -14,7 +14,7 @@ from moesaic.models import Decoder, ModelConfig, RouterConfig, build_model
 from moesaic.plan import read
 from moesaic.plan.capacity import CapacityRule
 from moesaic.train.optim import OptimConfig, make_optimizer
-from moesaic.train.step import forward, lm_loss_sum, train_step
+from moesaic.train.step import forward, lm_losses, train_step
 from tests.models.tiny import lively, some_ids, sparse, tiny
 
 
@@ -222,7 +222,7 @@ def test_masks_are_left_out_where_they_would_say_nothing() -> None:
 def test_cross_entropy_is_summed_in_fp32_whatever_the_logits_are() -> None:
     logits = torch.randn(2, 3, 8) * 4
     targets = torch.tensor([[1, IGNORE, 2], [IGNORE, IGNORE, 7]])
-    found = lm_loss_sum(logits.bfloat16(), targets)
+    found = lm_losses(logits.bfloat16(), targets).sum()
     assert found.dtype == torch.float32
     exact = logits.bfloat16().double().log_softmax(-1)
     wanted = -(exact[0, 0, 1] + exact[0, 2, 2] + exact[1, 2, 7])

@@ -8,7 +8,9 @@ Legend: T tokens (all leading dimensions flattened), D model width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,8 +23,9 @@ from moesaic.experts.stacked import StackedExperts
 from moesaic.nn.mlp import Activation
 from moesaic.ops.grouped import Backend
 from moesaic.plan.capacity import CapacityRule
+from moesaic.plan.edit import restrict
 from moesaic.plan.plan import RoutingPlan, SoftPlan
-from moesaic.routing import NO_CONTEXT, Router, TokenContext, build_router
+from moesaic.routing import NO_CONTEXT, Router, StepStats, TokenContext, build_router
 
 Edit = Callable[[Any], Any]  # plan -> plan
 
@@ -72,12 +75,14 @@ class MoE(nn.Module):
         if shared_gate and not shared:
             raise ConfigError("shared_gate=True needs at least one shared expert; set shared=1.")
         self.dim = dim
-        total = experts + zero + copy + constant
-        self.router = router if isinstance(router, Router) else build_router(router, dim, total, k, router_options)
+        special = zero + copy + constant
+        total = experts + special
+        if not isinstance(router, Router):
+            router = build_router(router, dim, total, k, router_options, special)
+        self.router = router
         if self.router.num_experts != total:
             raise ConfigError(f"The router serves {self.router.num_experts} experts, but the layer has {total}.")
         stacked = StackedExperts(experts, dim, hidden, activation, gated, backend)
-        special = zero + copy + constant
         self.experts = WithSpecialExperts(stacked, zero, copy, constant) if special else stacked
         self.shared = SharedExperts(shared, dim, hidden, activation, gated, shared_gate) if shared else None
         self.capacity = capacity
@@ -109,6 +114,8 @@ class MoE(nn.Module):
         if x.shape[-1] != self.dim:
             raise ConfigError(f"This layer was built for dim={self.dim}, but its input is {x.shape[-1]} wide.")
         x_TD = x.reshape(-1, self.dim)
+        if ctx.num_sequences is None and x.dim() > 2:
+            ctx = replace(ctx, num_sequences=math.prod(x.shape[:-2]))
         if ctx.valid_T is not None:
             # Padding may hold anything; a NaN there would reach every gradient of the router and of shared experts as 0 * NaN.
             x_TD = torch.where(ctx.valid_T[:, None], x_TD, 0.0)
@@ -124,8 +131,14 @@ class MoE(nn.Module):
         Edits come last: capacity that reroutes must not undo a knockout, and a replayed plan is what was executed.
         """
         plan: RoutingPlan | SoftPlan = self.router(x_TD, ctx)
+        if ctx.allowed_TE is not None:
+            plan = restrict(plan, ctx.allowed_TE)  # whatever the router made of the rules
         if self.capacity is not None and isinstance(plan, RoutingPlan):
             plan = self.capacity.apply(plan, self.training)
         for edit in self.edits:
             plan = edit(plan)
         return plan
+
+    def after_step(self, stats: StepStats) -> None:
+        """Called once per optimiser step: state that follows load (selection biases, controllers)."""
+        self.router.after_step(stats)

@@ -98,12 +98,13 @@ def build_ffn(config: ModelConfig, layer: int) -> MLP | MoE:
 def _refuse_leaks(moe: MoEConfig, sparse: MoE) -> None:
     """A decoder whose routing looks at later tokens or other sequences must ask for it by name."""
     instead = "or set model.moe.router.allow_leak=true if you want that."
-    if not sparse.router.causal:
+    facts = sparse.router.facts
+    if not facts.causal:
         raise ConfigError(
             f'Router "{moe.router.name}" looks at later tokens, so a decoder trained with it cheats and cannot generate the '
             f"same way; choose a causal router, {instead}"
         )
-    if not sparse.router.batch_invariant:
+    if not facts.batch_invariant:
         raise ConfigError(
             f'Router "{moe.router.name}" looks at the other sequences of a batch, so a text is not read the same in other '
             f"company; choose a batch-invariant router, {instead}"

@@ -5,6 +5,8 @@ Legend: B batch, S positions, L keys held, D model width, V vocabulary, T = B * 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from moesaic.nn.attention import AttentionContext, attention_mask
 from moesaic.nn.cache import KVCache
 from moesaic.nn.linear import Linear
 from moesaic.nn.rope import rope_tables
-from moesaic.plan.plan import RoutingPlan, SoftPlan
+from moesaic.plan.plan import Gate, RoutingPlan, SoftPlan
 from moesaic.routing import TokenContext
 
 
@@ -54,6 +56,9 @@ class Decoder(nn.Module):
         valid_BS: Tensor | None = None,
         document_BS: Tensor | None = None,
         task_BS: Tensor | None = None,
+        mixture_BSE: Tensor | None = None,
+        tenant_BS: Tensor | None = None,
+        metadata: Mapping[str, Tensor] | None = None,
         cache: KVCache | None = None,
         generator: torch.Generator | None = None,
     ) -> Output:
@@ -63,7 +68,10 @@ class Decoder(nn.Module):
             ids_BS: int64 vocabulary ids.
             valid_BS: bool, False on padding: never attended to, never routed, in no statistic.
             document_BS: int64; each run of equal numbers is a document: attention never leaves it, positions restart in it.
-            task_BS: int64 task or domain ids, for routers that use them.
+            task_BS: int64 task or domain ids, for routers and rules that use them; negative means unknown.
+            mixture_BSE: fp32 weights over domains per token, where one id is not known for sure (DEMix).
+            tenant_BS: int64 tenant ids, for rules and for memories that must not be shared.
+            metadata: further int64 (B, S) facts by name, for rules.
             cache: keys and values of earlier positions; this forward appends to it.
             generator: random numbers for noisy routers in training.
 
@@ -82,16 +90,22 @@ class Decoder(nn.Module):
             ids_T=ids_BS.reshape(-1),
             position_T=position_BS.reshape(-1),
             sequence_T=row_BS.reshape(-1),
+            num_sequences=B,
             valid_T=None if valid_BS is None else valid_BS.reshape(-1),
             task_T=None if task_BS is None else task_BS.reshape(-1),
+            mixture_TE=None if mixture_BSE is None else mixture_BSE.flatten(0, 1),
+            tenant_T=None if tenant_BS is None else tenant_BS.reshape(-1),
+            metadata={name: fact_BS.reshape(-1) for name, fact_BS in (metadata or {}).items()},
             generator=generator,
         )
         x_BSD = F.embedding(ids_BS, self.embedding.weight).to(self.compute_dtype or self.embedding.weight.dtype)
         plans: dict[int, RoutingPlan | SoftPlan] = {}
+        previous: Gate | None = None
         for layer, block in enumerate(self.blocks):
-            x_BSD, plan = block(x_BSD, attention, tokens)
+            state = None if cache is None else cache.router_states.setdefault(layer, {})
+            x_BSD, plan = block(x_BSD, attention, replace(tokens, previous=previous, state=state))
             if plan is not None:
-                plans[layer] = plan
+                plans[layer], previous = plan, plan.gate
         return Output(self.head(self.norm(x_BSD)), plans, cache)
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:

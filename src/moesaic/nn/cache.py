@@ -19,6 +19,7 @@ class KVCache:
         valid_BL: bool (B, max_len), False on padding.
         position_BL: int64 (B, max_len), rotary position of each held token.
         has_padding: whether any position was ever given as possible padding.
+        router_states: layer -> what its router remembers of earlier positions, by name (routers that look back).
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class KVCache:
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.valid_BL = torch.zeros(batch, max_len, dtype=torch.bool, device=device)
         self.position_BL = torch.zeros(batch, max_len, dtype=torch.int64, device=device)
+        self.router_states: dict[int, dict[str, Tensor]] = {}
         self.length = 0
         self.max_len = max_len
         self.has_padding = False

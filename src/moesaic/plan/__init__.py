@@ -1,7 +1,7 @@
 """Routing as a value: the plan, edits of plans, readings of plans, and the trace on disk."""
 
 from moesaic.plan.capacity import CapacityRule, drop_over_capacity
-from moesaic.plan.edit import force_balanced, mask_experts, mask_padding, replay
+from moesaic.plan.edit import force_balanced, mask_experts, mask_padding, replay, restrict
 from moesaic.plan.plan import Gate, RoutingPlan, SoftPlan, count_experts, from_rows, from_topk
 from moesaic.plan.store import TraceWriter, load_trace, save_trace
 
@@ -20,5 +20,6 @@ __all__ = [
     "mask_experts",
     "mask_padding",
     "replay",
+    "restrict",
     "save_trace",
 ]

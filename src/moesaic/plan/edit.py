@@ -14,9 +14,30 @@ from torch import Tensor
 
 from moesaic.errors import ConfigError, one_of
 from moesaic.plan.capacity import renormalized
-from moesaic.plan.plan import Gate, RoutingPlan
+from moesaic.plan.plan import Gate, RoutingPlan, SoftPlan
 
 Weigh = Callable[[Gate, Tensor], Tensor]
+
+
+def restrict(plan: RoutingPlan | SoftPlan, allowed_TE: Tensor) -> RoutingPlan | SoftPlan:
+    """Permit these experts only: rows elsewhere go nowhere, now and in every later edit (``RoutingPlan.allowed_TE``).
+
+    In a ``SoftPlan`` the forbidden experts' slots neither read the token nor are read by it; what is left is rescaled to sum
+    to 1 again, where anything is left.
+    """
+    if isinstance(plan, SoftPlan):
+        G, T, S = plan.dispatch_GTS.shape
+        allowed_GTS = allowed_TE.repeat_interleave(S // plan.num_experts, dim=1).view(G, T, S)
+        dispatch_GTS = torch.where(allowed_GTS, plan.dispatch_GTS, 0.0)
+        combine_GTS = torch.where(allowed_GTS, plan.combine_GTS, 0.0)
+        return replace(
+            plan,
+            dispatch_GTS=dispatch_GTS / dispatch_GTS.sum(dim=1, keepdim=True).clamp(min=1e-20),
+            combine_GTS=combine_GTS / combine_GTS.sum(dim=2, keepdim=True).clamp(min=1e-20),
+        )
+    if plan.allowed_TE is not None:
+        allowed_TE = allowed_TE & plan.allowed_TE
+    return replace(plan, allowed_TE=allowed_TE).send(plan.expert_N)
 
 
 def force_balanced(plan: RoutingPlan) -> RoutingPlan:

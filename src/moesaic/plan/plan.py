@@ -10,7 +10,7 @@ Legend: T tokens, N assignment rows, E experts, K rows per token, D model width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ class Gate:
         logits_TE: fp32 router scores before the score function, differentiable.
         probs_TE: fp32 scores after it (softmax, sigmoid, ...), differentiable, without selection bias.
         noisy_TE: for noisy gates, the perturbed logits that choice and weights were made from; else None.
+        extra: what else the router's own losses (``Router.own_losses``) or the next sparse layer's router read, by name; each
+            router documents its own.
         load_probs_TE: for noisy gates, the differentiable probability that each expert is among the chosen
             (Shazeer et al. 2017, appendix A); else None.
     """
@@ -33,6 +35,7 @@ class Gate:
     probs_TE: Tensor
     load_probs_TE: Tensor | None = None
     noisy_TE: Tensor | None = None
+    extra: dict[str, Tensor] = field(default_factory=dict)
 
     def detach(self) -> Gate:
         """The same evidence without a graph."""
@@ -42,6 +45,7 @@ class Gate:
             self.probs_TE.detach(),
             None if load is None else load.detach(),
             None if noisy is None else noisy.detach(),
+            {name: tensor.detach() for name, tensor in self.extra.items()},
         )
 
 
@@ -60,6 +64,8 @@ class RoutingPlan:
         input_weight_N: fp32 weight on the expert's input, for models that scale before the expert; or None.
         valid_T: bool, False on padding; None when every token is real.
         gate: the evidence, or None.
+        allowed_TE: bool, the experts that rules permit each token; None permits all. A row sent anywhere else goes nowhere,
+            whoever sends it: ``send`` is the only way to change experts, and it enforces this.
     """
 
     token_N: Tensor
@@ -72,6 +78,7 @@ class RoutingPlan:
     input_weight_N: Tensor | None = None
     valid_T: Tensor | None = None
     gate: Gate | None = None
+    allowed_TE: Tensor | None = None
 
     # ---- views -------------------------------------------------------------------------------------------------
 
@@ -146,8 +153,14 @@ class RoutingPlan:
     # ---- small changes used everywhere -------------------------------------------------------------------------
 
     def send(self, expert_N: Tensor, weight_N: Tensor | None = None) -> RoutingPlan:
-        """The same plan with other experts; rows sent to E get weight 0. ``choice_N`` keeps the router's own choice."""
+        """The same plan with other experts; rows sent to E get weight 0. ``choice_N`` keeps the router's own choice.
+
+        Rows sent to an expert that ``allowed_TE`` forbids go nowhere.
+        """
         weight_N = self.weight_N if weight_N is None else weight_N
+        if self.allowed_TE is not None:
+            allowed_N = self.allowed_TE[self.token_N, expert_N.clamp(max=self.num_experts - 1)]
+            expert_N = torch.where(allowed_N, expert_N, self.num_experts)
         return replace(self, expert_N=expert_N, weight_N=torch.where(expert_N < self.num_experts, weight_N, 0.0))
 
     def detach(self) -> RoutingPlan:
@@ -163,15 +176,17 @@ class RoutingPlan:
 class SoftPlan:
     """Dense routing (Soft MoE, Puigcerver et al. 2023): every slot reads a mixture of tokens, every token a mixture of slots.
 
+    Tokens are split into G consecutive groups of equal size that never mix (one per sequence, or one for all).
+
     Attributes:
-        dispatch_TS: fp32 (T, S) weights, S = E * slots per expert; column s sums to 1 over tokens.
-        combine_TS: fp32 (T, S) weights; row t sums to 1 over slots.
+        dispatch_GTS: fp32 (G, T/G, S) weights, S = E * slots per expert; slot s of a group sums to 1 over its tokens.
+        combine_GTS: fp32 (G, T/G, S) weights; each token sums to 1 over slots.
         num_experts: E; slots of one expert are consecutive.
         valid_T, gate: as in ``RoutingPlan``.
     """
 
-    dispatch_TS: Tensor
-    combine_TS: Tensor
+    dispatch_GTS: Tensor
+    combine_GTS: Tensor
     num_experts: int
     valid_T: Tensor | None = None
     gate: Gate | None = None
@@ -179,30 +194,40 @@ class SoftPlan:
     @property
     def num_tokens(self) -> int:
         """T."""
-        return self.dispatch_TS.shape[0]
+        return self.dispatch_GTS.shape[0] * self.dispatch_GTS.shape[1]
 
     @property
     def slots_per_expert(self) -> int:
-        """Slots each expert computes."""
-        return self.dispatch_TS.shape[1] // self.num_experts
+        """Slots each expert computes for one group."""
+        return self.dispatch_GTS.shape[2] // self.num_experts
 
     @property
     def counts_E(self) -> Tensor:
-        """int64 (E,): slots per expert, equal by construction."""
-        return torch.full((self.num_experts,), self.slots_per_expert, device=self.dispatch_TS.device)
+        """int64 (E,): slots per expert over all groups, equal by construction."""
+        rows = self.slots_per_expert * self.dispatch_GTS.shape[0]
+        return torch.full((self.num_experts,), rows, device=self.dispatch_GTS.device)
 
     def gather(self, x_TD: Tensor) -> Tensor:
-        """Slot inputs (S, D), already grouped by expert."""
-        return (self.dispatch_TS.T @ x_TD.to(self.dispatch_TS.dtype)).to(x_TD.dtype)
+        """Slot inputs (E * G * slots, D), grouped by expert."""
+        G, S = self.dispatch_GTS.shape[0], self.dispatch_GTS.shape[2]
+        x_GTD = x_TD.view(G, self.dispatch_GTS.shape[1], x_TD.shape[1])
+        slots_GSD = self.dispatch_GTS.mT @ x_GTD.to(self.dispatch_GTS.dtype)
+        slots_EGPD = slots_GSD.view(G, self.num_experts, S // self.num_experts, -1).transpose(0, 1)
+        return slots_EGPD.reshape(-1, x_TD.shape[1]).to(x_TD.dtype)
 
-    def combine(self, y_SD: Tensor) -> Tensor:
-        """Token outputs (T, D)."""
-        return (self.combine_TS @ y_SD.to(self.combine_TS.dtype)).to(y_SD.dtype)
+    def combine(self, y_ND: Tensor) -> Tensor:
+        """Token outputs (T, D) from slot outputs grouped by expert."""
+        G, S = self.dispatch_GTS.shape[0], self.dispatch_GTS.shape[2]
+        y_EGPD = y_ND.view(self.num_experts, G, S // self.num_experts, y_ND.shape[1])
+        y_GSD = y_EGPD.transpose(0, 1).reshape(G, S, y_ND.shape[1])
+        return (
+            (self.combine_GTS @ y_GSD.to(self.combine_GTS.dtype)).to(y_ND.dtype).reshape(self.num_tokens, y_ND.shape[1])
+        )
 
     def detach(self) -> SoftPlan:
         """A plan that holds no graph."""
         gate = self.gate and self.gate.detach()
-        return SoftPlan(self.dispatch_TS.detach(), self.combine_TS.detach(), self.num_experts, self.valid_T, gate)
+        return replace(self, dispatch_GTS=self.dispatch_GTS.detach(), combine_GTS=self.combine_GTS.detach(), gate=gate)
 
 
 for _cls in (Gate, RoutingPlan, SoftPlan):
@@ -221,6 +246,7 @@ def from_topk(
     valid_T: Tensor | None = None,
     gate: Gate | None = None,
     input_weight_TK: Tensor | None = None,
+    allowed_TE: Tensor | None = None,
 ) -> RoutingPlan:
     """A plan in which every token owns K rows.
 
@@ -229,15 +255,21 @@ def from_topk(
         weight_TK: output weights, any float dtype; kept in at least fp32.
         valid_T: bool, False on padding tokens: their rows go nowhere.
         input_weight_TK: optional weights on the expert's input.
+        allowed_TE: bool, experts that rules permit; a slot on any other is left empty.
     """
     num_tokens, k = expert_TK.shape
     if valid_T is not None:
         expert_TK = torch.where(valid_T[:, None], expert_TK, num_experts)
+    if allowed_TE is not None:
+        allowed_TK = allowed_TE.gather(1, expert_TK.clamp(max=num_experts - 1))
+        expert_TK = torch.where(allowed_TK, expert_TK, num_experts)
     expert_N = expert_TK.reshape(-1)
     weight_N = torch.where(expert_N < num_experts, at_least_fp32(weight_TK.reshape(-1)), 0.0)
     token_N = torch.arange(num_tokens, device=expert_TK.device).repeat_interleave(k)
     scale_N = None if input_weight_TK is None else at_least_fp32(input_weight_TK.reshape(-1))
-    return RoutingPlan(token_N, expert_N, weight_N, expert_N, num_tokens, num_experts, k, scale_N, valid_T, gate)
+    return RoutingPlan(
+        token_N, expert_N, weight_N, expert_N, num_tokens, num_experts, k, scale_N, valid_T, gate, allowed_TE
+    )
 
 
 def from_rows(
@@ -249,12 +281,17 @@ def from_rows(
     *,
     valid_T: Tensor | None = None,
     gate: Gate | None = None,
+    allowed_TE: Tensor | None = None,
 ) -> RoutingPlan:
     """A plan from loose rows, for routers with a varying number of experts per token (expert choice, ReLU routing)."""
     if valid_T is not None:
         expert_N = torch.where(valid_T[token_N], expert_N, num_experts)
+    if allowed_TE is not None:
+        expert_N = torch.where(allowed_TE[token_N, expert_N.clamp(max=num_experts - 1)], expert_N, num_experts)
     weight_N = torch.where(expert_N < num_experts, at_least_fp32(weight_N), 0.0)
-    return RoutingPlan(token_N, expert_N, weight_N, expert_N, num_tokens, num_experts, None, None, valid_T, gate)
+    return RoutingPlan(
+        token_N, expert_N, weight_N, expert_N, num_tokens, num_experts, None, None, valid_T, gate, allowed_TE
+    )
 
 
 def count_experts(expert_N: Tensor, num_experts: int) -> Tensor:

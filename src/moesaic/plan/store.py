@@ -116,7 +116,7 @@ def _header(plan: RoutingPlan | SoftPlan) -> dict[str, Any]:
 def _fields(plan: RoutingPlan | SoftPlan, keep_gate: bool) -> dict[str, Tensor]:
     fields: dict[str, Tensor] = {}
     if isinstance(plan, SoftPlan):
-        fields.update(dispatch=plan.dispatch_TS, combine=plan.combine_TS)
+        fields.update(dispatch=plan.dispatch_GTS, combine=plan.combine_GTS)
     else:
         small = torch.uint8 if plan.num_experts < 256 else torch.int16 if plan.num_experts < 32768 else torch.int32
         fields.update(expert=plan.expert_N.to(small), weight=plan.weight_N)

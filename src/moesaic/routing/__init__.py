@@ -10,7 +10,8 @@ from typing import Any
 from moesaic.errors import ConfigError, nearest
 from moesaic.routing.balance import LOSSES, LossContext, balance_loss, bias_step, check_losses
 from moesaic.routing.context import NO_CONTEXT, TokenContext
-from moesaic.routing.gate import LinearGate, Router
+from moesaic.routing.facts import Cost, Facts
+from moesaic.routing.gate import LinearGate, Outcome, Router, StepStats, TextStatistics
 from moesaic.routing.noisy import NoisyTopK
 from moesaic.routing.token_choice import GShardTop2, Switch, TopK
 
@@ -22,8 +23,14 @@ ROUTERS: dict[str, type[Router]] = {
 }
 
 
-def build_router(name: str, dim: int, num_experts: int, k: int, options: dict[str, Any] | None = None) -> Router:
-    """The named router. Raises ``ConfigError`` for an unknown name or option (with the nearest valid one) or a bad value."""
+def build_router(
+    name: str, dim: int, num_experts: int, k: int, options: dict[str, Any] | None = None, num_special: int = 0
+) -> Router:
+    """The named router for E experts, the last ``num_special`` of which compute nothing (zero, copy, constant experts).
+
+    ``num_special`` goes to routers whose constructor has an argument of that name. Raises ``ConfigError`` for an unknown name
+    or option (with the nearest valid one) or a bad value.
+    """
     if name not in ROUTERS:
         raise ConfigError(f'There is no router "{name}".{nearest(name, ROUTERS)} Known: {", ".join(ROUTERS)}.')
     cls = ROUTERS[name]
@@ -34,7 +41,8 @@ def build_router(name: str, dim: int, num_experts: int, k: int, options: dict[st
             known = ", ".join(valid) or "none"
             raise ConfigError(f'Router "{name}" has no option "{key}".{nearest(key, valid)} Options: {known}.')
         _check_option(name, key, value, valid[key])
-    router: Router = cls(dim, num_experts, k, **options)  # type: ignore[call-arg]
+    known_special = {"num_special": num_special} if "num_special" in inspect.signature(cls).parameters else {}
+    router: Router = cls(dim, num_experts, k, **known_special, **options)  # type: ignore[call-arg]
     return router
 
 
@@ -43,7 +51,7 @@ def router_options(name: str) -> dict[str, Any]:
     cls = ROUTERS[name]
     hints = typing.get_type_hints(cls.__init__)
     parameters = inspect.signature(cls).parameters.values()
-    return {p.name: hints.get(p.name, Any) for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return {p.name: hints.get(p.name, Any) for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "num_special"}
 
 
 def _check_option(router: str, key: str, value: Any, hint: Any) -> None:
@@ -71,12 +79,17 @@ __all__ = [
     "LOSSES",
     "NO_CONTEXT",
     "ROUTERS",
+    "Cost",
+    "Facts",
     "GShardTop2",
     "LinearGate",
     "LossContext",
     "NoisyTopK",
+    "Outcome",
     "Router",
+    "StepStats",
     "Switch",
+    "TextStatistics",
     "TokenContext",
     "TopK",
     "balance_loss",

@@ -26,6 +26,7 @@ from torch import Tensor
 from moesaic.errors import ConfigError, nearest
 from moesaic.plan.plan import RoutingPlan, SoftPlan
 from moesaic.plan.read import cv_squared
+from moesaic.routing.facts import Facts
 
 Scope = Literal["micro_batch", "sequence", "global_batch"]
 
@@ -100,7 +101,9 @@ def z_loss(plan: RoutingPlan | SoftPlan, ctx: LossContext = LossContext()) -> Te
 def logit_l2(plan: RoutingPlan | SoftPlan, ctx: LossContext = LossContext()) -> Tensor:
     """Mean squared logit: a different penalty that popular texts call z-loss."""
     assert plan.gate is not None
-    return _mean(plan.gate.logits_TE.square().mean(dim=1), plan.valid_T)
+    logits_TE = plan.gate.logits_TE
+    # Rules put -inf on forbidden experts: those say nothing about the gate.
+    return _mean(torch.where(logits_TE.isfinite(), logits_TE, 0.0).square().mean(dim=1), plan.valid_T)
 
 
 Loss = Callable[[RoutingPlan, LossContext], Tensor]
@@ -121,11 +124,12 @@ def check_losses(coefficients: Mapping[str, float], router: object) -> None:
                 f'There is no balancing loss "{name}".{nearest(name, LOSSES)} Known: {", ".join(LOSSES)}.'
             )
         kind = type(router).__name__
-        if not getattr(router, "has_gate", False):
+        facts = getattr(router, "facts", Facts(has_gate=False))
+        if not facts.has_gate:
             raise ConfigError(
                 f'Loss "{name}" has no gradient path into router {kind}, which has no gate; remove the loss.'
             )
-        if name == "load" and not getattr(router, "has_load_estimate", False):
+        if name == "load" and not facts.has_load_estimate:
             raise ConfigError(
                 f'Loss "load" needs the load estimate of a noisy gate, and {kind} has none; use "switch".'
             )
@@ -136,7 +140,7 @@ def balance_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum of the named losses of one layer, and each one's unweighted value (detached)."""
     values = {name: LOSSES[name](plan, ctx) for name in coefficients}
-    zero = plan.weight_N.new_zeros(()) if isinstance(plan, RoutingPlan) else plan.combine_TS.new_zeros(())
+    zero = plan.weight_N.new_zeros(()) if isinstance(plan, RoutingPlan) else plan.combine_GTS.new_zeros(())
     total = sum((coefficients[name] * value for name, value in values.items()), start=zero)
     return total, {name: value.detach() for name, value in values.items()}
 

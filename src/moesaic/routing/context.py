@@ -1,33 +1,54 @@
-"""What some routers need to know about the tokens besides their vectors. All optional; a router says what it lacks."""
+"""What some routers need to know about the tokens besides their vectors. All optional; a router says what it lacks.
+
+Legend: T tokens (B sequences of S), E experts.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from moesaic.errors import ConfigError
+from moesaic.plan.plan import Gate
 
 
 @dataclass(frozen=True, eq=False)
 class TokenContext:
-    """Side inputs of a router, one entry per flattened token (T = B * S).
+    """Side inputs of a router, one entry per flattened token (T = B * S, sequence by sequence).
 
     Attributes:
         ids_T: int64 vocabulary ids.
-        position_T: int64 position within the document (padding excluded).
+        position_T: int64 position within the document (padding excluded); restarts where a new document begins.
         sequence_T: int64 row of the batch each token belongs to.
+        num_sequences: B; None where the caller did not say (then all tokens are one sequence).
         valid_T: bool, False on padding; None when every token is real.
-        task_T: int64 task or domain ids.
+        task_T: int64 task or domain ids; negative means unknown.
+        mixture_TE: fp32 weights over tasks or domains (each row sums to 1), where one id is not known for sure.
+        tenant_T: int64 tenant ids, for rules and for memories that must not be shared.
+        metadata: further int64 (T,) facts by name, for rules.
+        allowed_TE: bool, experts that rules permit; None permits all. ``choose`` applies it last.
+        rule_bias_TE: fp32 added to logits by soft rules; None adds nothing.
+        previous: the gate of the previous sparse layer in the same forward, for routers that read it; None in the first.
+        state: what this layer's router remembers between the forwards of one generation (kept with the key/value cache, one
+            dict per layer; routers that look back read and update it in place); None outside generation.
         generator: random numbers for noisy routers; None uses torch's global generator.
     """
 
     ids_T: Tensor | None = None
     position_T: Tensor | None = None
     sequence_T: Tensor | None = None
+    num_sequences: int | None = None
     valid_T: Tensor | None = None
     task_T: Tensor | None = None
+    mixture_TE: Tensor | None = None
+    tenant_T: Tensor | None = None
+    metadata: dict[str, Tensor] = field(default_factory=dict)
+    allowed_TE: Tensor | None = None
+    rule_bias_TE: Tensor | None = None
+    previous: Gate | None = None
+    state: dict[str, Tensor] | None = None
     generator: torch.Generator | None = None
 
     def need(self, field: str, router: str) -> Tensor:
@@ -37,6 +58,18 @@ class TokenContext:
             raise ConfigError(f'Router "{router}" needs {field} of TokenContext, and the caller gave none.')
         tensor: Tensor = value
         return tensor
+
+    def shape(self, num_tokens: int) -> tuple[int, int]:
+        """(B, S) of ``num_tokens`` flattened tokens; (1, T) where the number of sequences is not known."""
+        B = self.num_sequences or 1
+        return B, num_tokens // B
+
+    def positions(self, num_tokens: int, device: torch.device) -> Tensor:
+        """int64 (B, S): ``position_T``, or 0, 1, ... in every sequence where the caller gave none."""
+        B, S = self.shape(num_tokens)
+        if self.position_T is None:
+            return torch.arange(S, device=device).expand(B, S)
+        return self.position_T.view(B, S)
 
 
 NO_CONTEXT = TokenContext()

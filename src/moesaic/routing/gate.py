@@ -1,7 +1,7 @@
 """What all routers share: the contract, the fp32 gate, score functions, and the stable top-k choice.
 
-A router is an ``nn.Module`` with ``forward(x_TD, ctx) -> RoutingPlan``. Its class states facts (``causal``,
-``batch_invariant``, ...), its parameters and buffers stay fp32 whatever the model is cast to, and ``forward`` stores nothing.
+A router is an ``nn.Module`` with ``forward(x_TD, ctx) -> RoutingPlan``. Its class states ``facts`` and its
+``cost``, its parameters and buffers stay fp32 whatever the model is cast to, and ``forward`` stores nothing.
 
 Legend: T tokens, D model width, E experts, K experts per token.
 """
@@ -10,15 +10,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesaic.errors import ConfigError, one_of
-from moesaic.plan.plan import Gate, RoutingPlan, at_least_fp32
+from moesaic.plan.plan import Gate, RoutingPlan, SoftPlan, at_least_fp32, from_topk
 from moesaic.routing.context import NO_CONTEXT, TokenContext
+from moesaic.routing.facts import Cost, Facts, linear_cost
 
 Score = Literal["softmax", "sigmoid", "sqrt_softplus"]
 
@@ -46,33 +48,97 @@ class KeepsFp32(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What the model's forward led to, for a router's own losses.
+
+    Attributes:
+        token_loss_T: fp32 language-model loss of each position, detached; 0 where there is no target.
+        num_layers: sparse layers of the model, for means over layers.
+    """
+
+    token_loss_T: Tensor
+    num_layers: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class StepStats:
+    """One optimiser step seen by one sparse layer, over all micro-batches (and ranks).
+
+    Attributes:
+        counts_E: int64, rows the router chose for each expert.
+        num_tokens: valid tokens.
+        active_share: rows chosen / (tokens * E), averaged over all sparse layers of the model.
+        dropped: rows lost to capacity.
+        mean_token_loss: mean language-model loss of the step.
+    """
+
+    counts_E: Tensor
+    num_tokens: int = 0
+    active_share: float = 0.0
+    dropped: int = 0
+    mean_token_loss: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class TextStatistics:
+    """What routers with tables may learn from the training text before the first step; functions, so that only what is used is
+    computed.
+
+    Attributes:
+        counts_V: ``() -> int64 (V,)`` occurrences of each token.
+        pairs_VV: ``() -> sparse int64 (V, V)`` COO: how often token j follows token i.
+    """
+
+    vocab_size: int
+    counts_V: Callable[[], Tensor]
+    pairs_VV: Callable[[], Tensor]
+
+
 class Router(KeepsFp32, ABC):
     """The contract. Subclasses are final: variations are options or other routers.
 
-    Class facts:
-        causal: a token's routing never depends on later tokens of its sequence.
-        batch_invariant: nor on other sequences of the batch.
-        has_gate: plans carry scores with a gradient, so auxiliary losses on them can teach the router.
-        has_load_estimate: plans carry ``gate.load_probs_TE`` (noisy gates), which ``load_loss`` needs.
+    Attributes:
+        facts: what the router promises (``routing/facts.py``): of the class, or of the instance where options change it.
+        num_experts, k: E, K.
     """
 
-    causal: ClassVar[bool] = True
-    batch_invariant: ClassVar[bool] = True
-    has_gate: ClassVar[bool] = True
-    has_load_estimate: ClassVar[bool] = False
-
+    facts: Facts = Facts()
     num_experts: int
     k: int
 
     @abstractmethod
-    def forward(self, x_TD: Tensor, ctx: TokenContext = NO_CONTEXT) -> RoutingPlan:
+    def forward(self, x_TD: Tensor, ctx: TokenContext = NO_CONTEXT) -> RoutingPlan | SoftPlan:
         """Decide. ``x_TD`` is the normalised input of the layer, any float dtype."""
 
-    def after_step(self, counts_E: Tensor) -> None:
-        """Called once per optimiser step with the step's (all ranks', all micro-batches') choices per expert.
+    def plan(self, expert_TK: Tensor, weight_TK: Tensor, ctx: TokenContext, gate: Gate | None = None) -> RoutingPlan:
+        """The plan of these choices: padding and rules of the context applied. The usual last line of ``forward``."""
+        return from_topk(
+            expert_TK, weight_TK, self.num_experts, valid_T=ctx.valid_T, gate=gate, allowed_TE=ctx.allowed_TE
+        )
 
-        For state that follows load, such as a selection bias. ``forward`` never changes state.
+    @classmethod
+    def cost(cls, T: int, D: int, E: int, k: int, **options: Any) -> Cost:
+        """FLOPs for T tokens and parameters of a router of these sizes and options; the plain gate unless overridden."""
+        return linear_cost(T, D, E)
+
+    @property
+    def rows_per_token(self) -> float:
+        """Rows experts compute per token in training, on average; what "equal active compute" counts."""
+        return float(self.k)
+
+    def fit(self, text: TextStatistics) -> None:
+        """Called once before the first step of a new run, for tables made from the training text."""
+
+    def own_losses(self, plan: RoutingPlan | SoftPlan, outcome: Outcome) -> dict[str, Tensor]:
+        """Losses only this router has, by name, already weighted; a function of the plan (and of buffers), nothing stored.
+
+        They are added to the model's loss as they are, summed over layers: divide by ``outcome.num_layers`` for a mean.
         """
+        return {}
+
+    def after_step(self, stats: StepStats) -> None:
+        """Called once per optimiser step. For state that follows load; ``forward`` never changes state."""
 
     def weigh(self, gate: Gate, expert_TK: Tensor) -> Tensor:
         """fp32 (T, K) weights this router would give to these experts; routers that support live replay define it."""
@@ -123,12 +189,29 @@ def score(logits_TE: Tensor, how: Score) -> Tensor:
     return F.softplus(logits_TE).clamp(min=1e-30).sqrt()
 
 
-def choose(scores_TE: Tensor, k: int) -> Tensor:
+def choose(scores_TE: Tensor, k: int, allowed_TE: Tensor | None = None) -> Tensor:
     """int64 (T, K): the k best experts, best first; ties go to the lowest expert on every device. Carries no gradient.
 
-    ``torch.topk`` promises no order on equal values, and CPU and GPU differ, hence the stable sort.
+    ``torch.topk`` promises no order on equal values, and CPU and GPU differ, hence the stable sort. With rules
+    (``allowed_TE``) permitted experts come first whatever their score; where fewer than k are permitted, forbidden ones fill
+    the last places, and the plan (``allowed_TE`` of ``from_topk``) sends those nowhere.
     """
-    return torch.sort(scores_TE.detach(), dim=-1, descending=True, stable=True).indices[:, :k]
+    scores_TE = scores_TE.detach()
+    if allowed_TE is not None:
+        scores_TE = scores_TE.masked_fill(~allowed_TE, float("-inf"))
+    return torch.sort(scores_TE, dim=-1, descending=True, stable=True).indices[:, :k]
+
+
+def ruled(logits_TE: Tensor, ctx: TokenContext) -> Tensor:
+    """Logits under the rules of the context: soft rules add, hard ones put -inf, so that no probability falls on a forbidden
+    expert. A token without any permitted expert keeps its logits (finite scores); its rows go nowhere all the same.
+    """
+    if ctx.rule_bias_TE is not None:
+        logits_TE = logits_TE + ctx.rule_bias_TE.to(logits_TE.dtype)
+    if ctx.allowed_TE is not None:
+        forbidden_TE = ~ctx.allowed_TE & ctx.allowed_TE.any(dim=1, keepdim=True)
+        logits_TE = logits_TE.masked_fill(forbidden_TE, float("-inf"))
+    return logits_TE
 
 
 def mask_groups(

@@ -8,16 +8,18 @@ Legend: T tokens, D model width, E experts, K experts per token.
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.errors import ConfigError, one_of
-from moesaic.plan.plan import Gate, RoutingPlan, from_topk
+from moesaic.plan.plan import Gate, RoutingPlan
 from moesaic.routing.context import NO_CONTEXT, TokenContext
-from moesaic.routing.gate import LinearGate, Router, check_k, choose
+from moesaic.routing.facts import Cost, Facts
+from moesaic.routing.gate import LinearGate, Router, check_k, choose, ruled
 
 
 class NoisyTopK(Router):
@@ -34,7 +36,12 @@ class NoisyTopK(Router):
     k = E, where every expert is always chosen.
     """
 
-    has_load_estimate = True
+    facts = Facts(
+        has_load_estimate=True,
+        inference="noise off",
+        losses={"importance": 0.1, "load": 0.1},
+        source="Shazeer et al. 2017",
+    )
 
     def __init__(
         self,
@@ -59,22 +66,30 @@ class NoisyTopK(Router):
                 f"noise_floor must be above 0, not {noise_floor}: the load estimate divides by the noise."
             )
         self.num_experts, self.k = num_experts, k
+        if variant == "vmoe":
+            self.facts = replace(self.facts, teaches="all", source="Riquelme et al. 2021")
         self.variant, self.noise_floor = variant, noise_floor
         self.gate = LinearGate(dim, num_experts, init_std=init_std)
         self.noise_gate = LinearGate(dim, num_experts, init_std=0.0) if variant == "shazeer" else None
 
     def forward(self, x_TD: Tensor, ctx: TokenContext = NO_CONTEXT) -> RoutingPlan:
         """Route (T, D) tokens; K rows each. ``gate.probs_TE`` is the softmax of the clean logits."""
-        clean_TE = self.gate(x_TD)
+        clean_TE = ruled(self.gate(x_TD), ctx)
         noisy_TE, std_TE = clean_TE, None
         if self.training:
             std_TE = self._noise_std(x_TD, clean_TE)
             noise_TE = torch.empty_like(clean_TE).normal_(generator=ctx.generator)
             noisy_TE = clean_TE + noise_TE * std_TE
-        expert_TK = choose(noisy_TE, self.k)
+        expert_TK = choose(noisy_TE, self.k, ctx.allowed_TE)
         load_TE = None if std_TE is None or self.k == self.num_experts else self._load(clean_TE, noisy_TE, std_TE)
         gate = Gate(clean_TE, clean_TE.softmax(dim=-1), load_TE, None if std_TE is None else noisy_TE)
-        return from_topk(expert_TK, self.weigh(gate, expert_TK), self.num_experts, valid_T=ctx.valid_T, gate=gate)
+        return self.plan(expert_TK, self.weigh(gate, expert_TK), ctx, gate)
+
+    @classmethod
+    def cost(cls, T: int, D: int, E: int, k: int, **options: Any) -> Cost:
+        """Gate, and with "shazeer" the noise gate, which evaluation does not run."""
+        matrices = 2 if options.get("variant", "shazeer") == "shazeer" else 1
+        return Cost(2 * T * D * E * matrices, D * E * matrices)
 
     def weigh(self, gate: Gate, expert_TK: Tensor) -> Tensor:
         """Softmax over the chosen logits ("shazeer") or the chosen entries of the full softmax ("vmoe")."""

@@ -16,16 +16,29 @@ Legend: T tokens, D model width, E experts, K experts per token.
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from dataclasses import replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from moesaic.errors import ConfigError, one_of
-from moesaic.plan.plan import Gate, RoutingPlan, from_topk
+from moesaic.plan.plan import Gate, RoutingPlan
 from moesaic.routing.balance import bias_step
 from moesaic.routing.context import NO_CONTEXT, TokenContext
-from moesaic.routing.gate import LinearGate, Router, Score, check_k, choose, mask_groups, router_dtype, score
+from moesaic.routing.facts import Cost, Facts
+from moesaic.routing.gate import (
+    LinearGate,
+    Router,
+    Score,
+    StepStats,
+    check_k,
+    choose,
+    mask_groups,
+    router_dtype,
+    ruled,
+    score,
+)
 
 Normalize = Literal["none", "chosen", "softmax_chosen"]
 
@@ -47,6 +60,8 @@ class TopK(Router):
     Raises ``ConfigError`` for k > E, groups that cannot hold k, and k=1 with renormalised weights (the weight would be 1
     whatever the router says, so it could not learn).
     """
+
+    facts = Facts(losses={"switch": 1e-2, "z": 1e-3}, source="Shazeer et al. 2017; Jiang et al. 2024")
 
     def __init__(
         self,
@@ -103,18 +118,24 @@ class TopK(Router):
         self.gate = LinearGate(dim, num_experts, bias=gate_bias, init_std=init_std)
         self.choice_bias_E: Tensor | None
         bias_E = torch.zeros(num_experts, dtype=router_dtype()) if balance_bias else None
+        if normalize == "none" and score == "softmax":
+            self.facts = replace(self.facts, teaches="all")  # every logit is in the softmax's denominator
+        if balance_bias:
+            self.facts = replace(
+                self.facts, balance="learned", losses={}, source="Wang et al. 2024; DeepSeek-V3 (2024)"
+            )
         self.register_buffer("choice_bias_E", bias_E)
 
     def forward(self, x_TD: Tensor, ctx: TokenContext = NO_CONTEXT) -> RoutingPlan:
         """Route (T, D) tokens; K rows per token, best first."""
-        logits_TE = self.gate(x_TD)
+        logits_TE = ruled(self.gate(x_TD), ctx)
         probs_TE = score(logits_TE, self.score)
         gate = Gate(logits_TE, probs_TE)
         choice_TE = probs_TE if self.choice_bias_E is None else probs_TE + self.choice_bias_E
         if self.groups_kept < self.groups:
             choice_TE = mask_groups(choice_TE, self.groups, self.groups_kept, self.group_score)
-        expert_TK = choose(choice_TE, self.k)
-        return from_topk(expert_TK, self.weigh(gate, expert_TK), self.num_experts, valid_T=ctx.valid_T, gate=gate)
+        expert_TK = choose(choice_TE, self.k, ctx.allowed_TE)
+        return self.plan(expert_TK, self.weigh(gate, expert_TK), ctx, gate)
 
     def weigh(self, gate: Gate, expert_TK: Tensor) -> Tensor:
         """fp32 (T, K) weights of any choice of experts, from the unbiased scores."""
@@ -125,10 +146,15 @@ class TopK(Router):
             weight_TK = weight_TK / (weight_TK.sum(dim=-1, keepdim=True) + 1e-20)
         return weight_TK * self.scale
 
-    def after_step(self, counts_E: Tensor) -> None:
+    @classmethod
+    def cost(cls, T: int, D: int, E: int, k: int, **options: Any) -> Cost:
+        """The plain gate; its bias adds E parameters."""
+        return Cost(2 * T * D * E, D * E + (E if options.get("gate_bias") else 0))
+
+    def after_step(self, stats: StepStats) -> None:
         """Move the selection bias against load; nothing without ``balance_bias``."""
         if self.choice_bias_E is not None and self.bias_rate:
-            self.choice_bias_E.copy_(bias_step(self.choice_bias_E, counts_E, self.bias_rate, self.bias_rule))
+            self.choice_bias_E.copy_(bias_step(self.choice_bias_E, stats.counts_E, self.bias_rate, self.bias_rule))
 
 
 class Switch(Router):
@@ -137,6 +163,10 @@ class Switch(Router):
     Args:
         jitter: epsilon of ``x * U(1 - eps, 1 + eps)``, seen by the router only, in training only; 0 disables.
     """
+
+    facts = Facts(
+        experts="1", teaches="all", inference="noise off", losses={"switch": 1e-2}, source="Fedus et al. 2021"
+    )
 
     def __init__(self, dim: int, num_experts: int, k: int = 1, *, jitter: float = 1e-2, init_std: float = 0.02) -> None:
         super().__init__()
@@ -154,10 +184,10 @@ class Switch(Router):
         if self.training and self.jitter:
             noise_TD = torch.empty_like(x_TD).uniform_(1 - self.jitter, 1 + self.jitter, generator=ctx.generator)
             x_TD = x_TD * noise_TD
-        logits_TE = self.gate(x_TD)
+        logits_TE = ruled(self.gate(x_TD), ctx)
         gate = Gate(logits_TE, score(logits_TE, "softmax"))
-        expert_TK = choose(gate.probs_TE, 1)
-        return from_topk(expert_TK, self.weigh(gate, expert_TK), self.num_experts, valid_T=ctx.valid_T, gate=gate)
+        expert_TK = choose(gate.probs_TE, 1, ctx.allowed_TE)
+        return self.plan(expert_TK, self.weigh(gate, expert_TK), ctx, gate)
 
     def weigh(self, gate: Gate, expert_TK: Tensor) -> Tensor:
         """The chosen probability, not renormalised."""
@@ -176,6 +206,10 @@ class GShardTop2(Router):
             always kept (DeepSpeed); "all".
         eval_second: the policy in evaluation: "all" or "threshold".
     """
+
+    facts = Facts(
+        experts="1..2", varies=True, inference="noise off", losses={"switch": 1e-2}, source="Lepikhin et al. 2020"
+    )
 
     def __init__(
         self,
@@ -198,18 +232,23 @@ class GShardTop2(Router):
             raise ConfigError(f"threshold must be between 0 and 1, not {threshold}.")
         self.num_experts, self.k = num_experts, k
         self.second, self.eval_second, self.threshold = second, eval_second, threshold
+        if second in ("all", "gumbel"):
+            self.facts = replace(self.facts, experts="k", varies=False)
+        if second in ("all", "threshold"):
+            rule = "" if second == eval_second else f"second experts: {eval_second}"
+            self.facts = replace(self.facts, inference="other rule" if rule else "same", inference_rule=rule)
         self.gate = LinearGate(dim, num_experts, init_std=init_std)
 
     def forward(self, x_TD: Tensor, ctx: TokenContext = NO_CONTEXT) -> RoutingPlan:
         """Route (T, D) tokens; two rows each, the second possibly going nowhere by the router's own choice."""
-        logits_TE = self.gate(x_TD)
+        logits_TE = ruled(self.gate(x_TD), ctx)
         gate = Gate(logits_TE, score(logits_TE, "softmax"))
         policy = self.second if self.training else self.eval_second
         expert_TK = self._choose(gate, policy, ctx)
         weight_TK = self.weigh(gate, expert_TK)
         keep_T = self._keep_second(weight_TK[:, 1].detach(), policy, ctx)
         expert_TK = torch.stack([expert_TK[:, 0], torch.where(keep_T, expert_TK[:, 1], self.num_experts)], dim=1)
-        return from_topk(expert_TK, weight_TK, self.num_experts, valid_T=ctx.valid_T, gate=gate)
+        return self.plan(expert_TK, weight_TK, ctx, gate)
 
     def weigh(self, gate: Gate, expert_TK: Tensor) -> Tensor:
         """Both probabilities over their sum + 1e-9."""
@@ -218,11 +257,11 @@ class GShardTop2(Router):
 
     def _choose(self, gate: Gate, policy: str, ctx: TokenContext) -> Tensor:
         if policy != "gumbel":
-            return choose(gate.probs_TE, 2)
-        first_T1 = choose(gate.probs_TE, 1)
+            return choose(gate.probs_TE, 2, ctx.allowed_TE)
+        first_T1 = choose(gate.probs_TE, 1, ctx.allowed_TE)
         uniform_TE = torch.empty_like(gate.logits_TE).uniform_(generator=ctx.generator).clamp_(1e-20, 1 - 1e-7)
         noisy_TE = gate.logits_TE.detach() - (-uniform_TE.log()).log()
-        second_T1 = choose(noisy_TE.scatter(1, first_T1, float("-inf")), 1)
+        second_T1 = choose(noisy_TE.scatter(1, first_T1, float("-inf")), 1, _but(ctx.allowed_TE, first_T1))
         return torch.cat([first_T1, second_T1], dim=1)
 
     def _keep_second(self, weight_T: Tensor, policy: str, ctx: TokenContext) -> Tensor:
@@ -233,3 +272,8 @@ class GShardTop2(Router):
         uniform_T = torch.empty_like(weight_T).uniform_(generator=ctx.generator)
         limit = 0.5 if policy == "stochastic" else self.threshold
         return weight_T / limit > uniform_T
+
+
+def _but(allowed_TE: Tensor | None, taken_T1: Tensor) -> Tensor | None:
+    """The rules without the expert a token has taken already."""
+    return None if allowed_TE is None else allowed_TE.scatter(1, taken_T1, False)

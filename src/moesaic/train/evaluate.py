@@ -85,7 +85,10 @@ def evaluate(
             counts_L += torch.bincount(label_T, minlength=len(labels))
             for layer, plan in output.plans.items():
                 if isinstance(plan, RoutingPlan):
-                    load_LE = load_by_label(plan, batch.label_BS.flatten(), len(labels)).cpu()
+                    all_label_T = batch.label_BS.flatten()
+                    # Multi-head layers route several sub-tokens of each token.
+                    all_label_T = all_label_T.repeat_interleave(plan.num_tokens // len(all_label_T))
+                    load_LE = load_by_label(plan, all_label_T, len(labels)).cpu()
                     loads[layer] = loads.get(layer, torch.zeros_like(load_LE)) + load_LE
             if progress is not None:
                 progress(min(start + batch_size, len(indices)), len(indices))

@@ -20,7 +20,7 @@ from moesaic.models.decoder import Decoder
 from moesaic.models.output import Output
 from moesaic.plan import read
 from moesaic.plan.plan import RoutingPlan, SoftPlan
-from moesaic.routing import LossContext, balance_loss
+from moesaic.routing import LossContext, Outcome, StepStats, balance_loss
 from moesaic.train.guard import check_finite
 
 Plans = dict[int, RoutingPlan | SoftPlan]
@@ -35,6 +35,7 @@ class LayerReading:
     entropy: float = 0.0
     margin: float = 0.0
     tokens: float = 0.0
+    computed: float = 0.0
 
 
 @dataclass
@@ -42,9 +43,9 @@ class StepReading:
     """The figures of one step. Lists have one entry per sparse layer.
 
     Attributes:
-        loss: language-model loss plus weighted balancing losses.
+        loss: language-model loss plus weighted balancing losses and the routers' own.
         lm_loss: nats per target token.
-        losses: unweighted balancing losses, averaged over layers.
+        losses: unweighted balancing losses, averaged over layers; the routers' own losses, weighted and summed over layers.
         grad_norm: global norm before clipping.
     """
 
@@ -66,6 +67,7 @@ class StepReading:
             "drop_rate": [r.dropped / c for r, c in zip(layers, chosen, strict=True)],
             "entropy": [r.entropy / t for r, t in zip(layers, tokens, strict=True)],
             "margin": [r.margin / t for r, t in zip(layers, tokens, strict=True)],
+            "per_token": [r.computed / t for r, t in zip(layers, tokens, strict=True)],
         }
 
 
@@ -76,9 +78,10 @@ def forward(model: Decoder, batch: Batch) -> Output:
     return model(batch.ids_BS, valid_BS=valid_BS, document_BS=documents_BS, task_BS=batch.label_BS)  # type: ignore[no-any-return]
 
 
-def lm_loss_sum(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
-    """Summed cross entropy in nats, fp32, over the positions that have a target."""
-    return F.cross_entropy(logits_BSV.flatten(0, 1).float(), targets_BS.flatten(), ignore_index=IGNORE, reduction="sum")
+def lm_losses(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
+    """fp32 (T,): cross entropy of each position in nats, 0 where there is no target."""
+    logits_TV = logits_BSV.flatten(0, 1).float()
+    return F.cross_entropy(logits_TV, targets_BS.flatten(), ignore_index=IGNORE, reduction="none")
 
 
 def train_step(
@@ -95,9 +98,13 @@ def train_step(
     for batch in batches:
         output = forward(model, batch)
         plans = output.plans
-        loss = lm_loss_sum(output.logits, batch.targets_BS) / max(reading.targets, 1)
+        token_loss_T = lm_losses(output.logits, batch.targets_BS)
+        loss = token_loss_T.sum() / max(reading.targets, 1)
         reading.lm_loss += loss.item()
         _take_reading(reading, plans)
+        for name, value in _own_losses(model, plans, token_loss_T).items():
+            loss = loss + value / len(batches)
+            reading.losses[name] = reading.losses.get(name, 0.0) + value.item() / len(batches)
         if moe is not None and plans and moe.losses:
             extra, values = _balance(plans, moe, reading, num_sequences=batch.ids_BS.shape[0])
             loss = loss + extra / len(batches)
@@ -116,9 +123,29 @@ def train_step(
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    for layer, sparse in model.moe_layers().items():
-        sparse.router.after_step(reading.layers[layer].load_E)
+    _after_step(model, reading)
     return reading, plans
+
+
+def _own_losses(model: Decoder, plans: Plans, token_loss_T: Tensor) -> dict[str, Tensor]:
+    """Losses that only the routers themselves have, by name, summed over layers."""
+    sparse, totals = model.moe_layers(), dict[str, Tensor]()
+    outcome = Outcome(token_loss_T.detach(), len(plans))
+    for layer, plan in plans.items():
+        for name, value in sparse[layer].router.own_losses(plan, outcome).items():
+            totals[name] = totals[name] + value if name in totals else value
+    return totals
+
+
+def _after_step(model: Decoder, reading: StepReading) -> None:
+    """Tell every sparse layer what the step did."""
+    shares = [float(r.load_E.sum()) / max(r.tokens * len(r.load_E), 1.0) for r in reading.layers.values()]
+    for layer, sparse in model.moe_layers().items():
+        mine = reading.layers[layer]
+        stats = StepStats(
+            mine.load_E, int(mine.tokens), sum(shares) / len(shares), int(mine.dropped), mean_token_loss=reading.lm_loss
+        )
+        sparse.after_step(stats)
 
 
 def _balance(plans: Plans, moe: MoEConfig, reading: StepReading, num_sequences: int) -> tuple[Tensor, dict[str, float]]:
@@ -143,6 +170,7 @@ def _take_reading(reading: StepReading, plans: Plans) -> None:
         mine = reading.layers[layer]
         mine.load_E = mine.load_E + load_E
         mine.dropped += float(plan.dropped) if isinstance(plan, RoutingPlan) else 0.0
+        mine.computed += float(plan.counts_E.sum())
         mine.entropy += float(read.router_entropy(plan)) * tokens
         mine.margin += float(read.margin(plan)) * tokens
         mine.tokens += tokens
