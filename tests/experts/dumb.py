@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -96,6 +97,7 @@ def assert_truth(
     valid: list[int] | None = None,
     losses: dict[str, float] | None = None,
     tolerance: float = 1e-10,
+    context: Callable[[], TokenContext] | None = None,
 ) -> dict[str, Tensor]:
     """The layer equals its dumb twin: output and all gradients, none of them None, all finite. Returns the layer's own."""
     losses = {} if losses is None else losses
@@ -103,6 +105,8 @@ def assert_truth(
 
     def ctx() -> TokenContext:  # noise must be the same twice
         valid_T = None if valid is None else torch.tensor(valid, dtype=torch.bool)
+        if context is not None:
+            return replace(context(), valid_T=valid_T)
         return TokenContext(valid_T=valid_T, generator=torch.Generator().manual_seed(3))
 
     def dumb(x_TD: Tensor, ctx: TokenContext) -> tuple[Tensor, RoutingPlan | SoftPlan]:

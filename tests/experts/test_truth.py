@@ -12,34 +12,12 @@ from torch import Tensor
 from moesaic.experts import MoE
 from moesaic.nn.mlp import Activation
 from moesaic.plan import CapacityRule, Gate, RoutingPlan, SoftPlan, force_balanced, from_rows, from_topk, mask_experts
-from moesaic.routing import ROUTERS, TokenContext
+from moesaic.routing import TokenContext
 from tests.experts.dumb import Scripted, assert_truth
+from tests.routing.cases import CASES, DIM, Case, some_input
 
 BACKENDS = [("loop", torch.float64, 1e-10), ("loop", torch.float32, 5e-5), ("grouped_mm", torch.float32, 5e-5)]
 ALL_LOSSES = {"switch": 0.3, "z": 0.1, "importance": 0.2, "logit_l2": 0.1}
-
-V3 = {"score": "sigmoid", "balance_bias": True, "scale": 2.5}
-ROUTER_CASES: list[tuple[str, int, dict[str, Any]]] = [
-    ("topk", 2, {"normalize": "none"}),
-    ("topk", 1, {"normalize": "none"}),
-    ("topk", 3, {"normalize": "chosen"}),
-    ("topk", 8, {"normalize": "chosen"}),  # k = E: the dense mixture
-    ("topk", 2, {"normalize": "softmax_chosen", "gate_bias": True}),
-    ("topk", 2, V3),
-    ("topk", 2, {"score": "sigmoid", "normalize": "none", "gate_bias": True}),
-    ("topk", 2, {"score": "sqrt_softplus"}),
-    ("topk", 3, {"normalize": "none", "scale": 16.0, "groups": 4, "groups_kept": 2}),
-    ("topk", 3, V3 | {"groups": 4, "groups_kept": 2, "group_score": "top2_sum"}),
-    ("switch", 1, {"jitter": 0.3}),
-    ("gshard", 2, {"second": "stochastic"}),
-    ("gshard", 2, {"second": "threshold_stochastic"}),
-    ("gshard", 2, {"second": "threshold", "threshold": 0.45}),
-    ("gshard", 2, {"second": "gumbel"}),
-    ("gshard", 2, {"second": "all"}),
-    ("noisy_topk", 2, {"variant": "shazeer"}),
-    ("noisy_topk", 8, {"variant": "shazeer"}),
-    ("noisy_topk", 1, {"variant": "vmoe"}),
-]
 
 
 def _layer(
@@ -53,18 +31,18 @@ def _layer(
     return layer
 
 
-def test_every_router_is_in_the_table() -> None:
-    assert {name for name, _, _ in ROUTER_CASES} == set(ROUTERS)
-
-
 @pytest.mark.parametrize(("backend", "dtype", "tolerance"), BACKENDS)
-@pytest.mark.parametrize(("name", "k", "options"), ROUTER_CASES)
-def test_every_router(name: str, k: int, options: dict[str, Any], backend: str, dtype: Any, tolerance: float) -> None:
-    layer = _layer(name, k, options, backend, dtype, shared=1)
-    losses = ALL_LOSSES | ({"load": 0.2} if layer.router.facts.has_load_estimate else {})
-    assert_truth(layer, torch.randn(6, 8, dtype=dtype), losses=losses, tolerance=tolerance)
+@pytest.mark.parametrize("case", [*CASES, Case("topk", k=8), Case("noisy_topk", k=8)], ids=lambda case: case.id)
+def test_every_router(case: Case, backend: Any, dtype: Any, tolerance: float) -> None:
+    layer = MoE(
+        DIM, 4, case.experts - case.special, case.k, case.build(dtype), backend=backend, shared=1, zero=case.special
+    ).to(dtype)
+    facts, batch = layer.router.facts, some_input(2, 3, dtype=dtype)
+    losses = ALL_LOSSES | ({"load": 0.2} if facts.has_load_estimate else {}) if facts.has_gate else {}
+    x_TD = batch.x_BSD.flatten(0, 1)
+    assert_truth(layer, x_TD, losses=losses, tolerance=tolerance, context=batch.context)
     layer.eval()
-    assert_truth(layer, torch.randn(6, 8, dtype=dtype), losses=ALL_LOSSES, tolerance=tolerance)
+    assert_truth(layer, x_TD, tolerance=tolerance, context=batch.context)
 
 
 EXPERT_KINDS: list[dict[str, Any]] = [

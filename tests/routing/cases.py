@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moesaic.models.config import MoEConfig, RouterConfig
 from moesaic.plan import RoutingPlan, SoftPlan
 from moesaic.routing import Router, TokenContext, build_router
 
@@ -35,6 +36,12 @@ class Case:
         """Shown by pytest."""
         words = [f"{key}={value}" for key, value in self.options.items()]
         return "-".join([self.name, f"k{self.k}", *words])
+
+    def config(self, **changes: Any) -> MoEConfig:
+        """Sparse layers with this router, for a model."""
+        router = RouterConfig(self.name, self.options, allow_leak=True)
+        moe = {"num_experts": self.experts - self.special, "k": self.k, "hidden": 8, "zero": self.special}
+        return MoEConfig(**(moe | {"losses": {}, "router": router} | changes))
 
     def build(self, dtype: torch.dtype = torch.float64, training: bool = True) -> Router:
         """The router, in training mode, with sharp weights and random selection biases."""

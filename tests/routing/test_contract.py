@@ -243,6 +243,16 @@ def test_the_same_twice(case: Case) -> None:
 
 @both_modes
 @every_router
+def test_forward_changes_no_state(case: Case, training: bool) -> None:
+    router = case.build(training=training)
+    before, names = {key: value.clone() for key, value in router.state_dict().items()}, set(vars(router))
+    some_input().route(router)
+    assert set(vars(router)) == names
+    assert all(torch.equal(before[key], value) for key, value in router.state_dict().items())
+
+
+@both_modes
+@every_router
 def test_no_tokens_and_one(case: Case, training: bool) -> None:
     router = case.build(training=training)
     for S in (0, 1):

@@ -1,4 +1,4 @@
-"""``causal`` and ``batch_invariant`` are facts: proven per router here, and shown to end where capacity begins."""
+"""``causal`` and ``batch_invariant`` (proven per router in test_contract.py) end where capacity begins."""
 
 from __future__ import annotations
 
@@ -10,12 +10,6 @@ from torch import Tensor
 
 from moesaic.experts import MoE
 from moesaic.plan import CapacityRule
-from moesaic.routing import ROUTERS
-
-CASES: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in ROUTERS] + [
-    ("topk", {"score": "sigmoid", "balance_bias": True, "groups": 4, "groups_kept": 2, "group_score": "top2_sum"}),
-    ("topk", {"normalize": "none"}),
-]
 
 
 def _layer(name: str, options: dict[str, Any], capacity: CapacityRule | None = None) -> MoE:
@@ -27,20 +21,6 @@ def _layer(name: str, options: dict[str, Any], capacity: CapacityRule | None = N
 def _moved(layer: MoE, x_BSD: Tensor, other_BSD: Tensor) -> Tensor:
     """bool (B, S): tokens whose output differs between the two inputs."""
     return ((layer(x_BSD)[0] - layer(other_BSD)[0]).abs() > 1e-12).any(dim=-1)
-
-
-@pytest.mark.parametrize(("name", "options"), CASES)
-def test_dropless_routers_are_prefix_causal_and_batch_invariant(name: str, options: dict[str, Any]) -> None:
-    layer = _layer(name, options)
-    x_BSD = torch.randn(2, 12, 8, dtype=torch.float64)
-    for t in (0, 5, 11):
-        other_BSD = x_BSD.clone()
-        other_BSD[0, t] = torch.randn(8)
-        moved_BS = _moved(layer, x_BSD, other_BSD)
-        assert moved_BS.nonzero().tolist() == [[0, t]]  # nothing before, nothing after, no other row
-    assert ROUTERS[name].facts.causal
-    assert ROUTERS[name].facts.batch_invariant
-    torch.testing.assert_close(layer(x_BSD[:1])[0], layer(x_BSD)[0][:1], atol=1e-12, rtol=0)
 
 
 def _leaks_back(rule: CapacityRule, name: str = "topk", trials: int = 40) -> bool:

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from moesaic.experts import MoE
-from moesaic.routing import ROUTERS, build_router
+from moesaic.plan import RoutingPlan
+from tests.routing.cases import CASES, DIM, Case, some_input
 
-V3: dict[str, Any] = {"score": "sigmoid", "balance_bias": True, "gate_bias": True}
+every_router = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 
-def _layer(name: str, options: dict[str, Any] | None = None) -> MoE:
-    return MoE(8, 8, 4, 1 if name == "switch" else 2, name, options)
+def _layer(case: Case) -> MoE:
+    return MoE(DIM, 8, case.experts - case.special, case.k, case.name, case.options, zero=case.special)
 
 
 def _names(layer: MoE) -> list[str]:
-    return [name for name in layer.state_dict() if name.startswith("router.")]
+    """Tensors of the router that are not whole numbers."""
+    return [
+        name for name, tensor in layer.state_dict().items() if name.startswith("router.") and tensor.is_floating_point()
+    ]
 
 
-CASES = [(name, {}) for name in ROUTERS] + [("topk", V3)]
 CASTS: list[Callable[[nn.Module], nn.Module]] = [
     lambda m: m.to(torch.bfloat16),
     lambda m: m.half(),
@@ -34,38 +36,37 @@ CASTS: list[Callable[[nn.Module], nn.Module]] = [
 
 
 @pytest.mark.parametrize("cast", CASTS)
-@pytest.mark.parametrize(("name", "options"), CASES)
-def test_router_stays_fp32_through_casts_bit_for_bit(
-    name: str, options: dict[str, Any], cast: Callable[[nn.Module], nn.Module]
-) -> None:
-    layer = _layer(name, options)
+@every_router
+def test_router_stays_fp32_through_casts_bit_for_bit(case: Case, cast: Callable[[nn.Module], nn.Module]) -> None:
+    layer = _layer(case)
     before = {key: layer.state_dict()[key].clone() for key in _names(layer)}
-    assert before
     cast(layer)
-    assert layer.get_parameter("experts.w_in").dtype.itemsize == 2
+    assert next(layer.experts.parameters()).dtype.itemsize == 2
     for key, value in before.items():
         assert torch.equal(layer.state_dict()[key], value)
         assert layer.state_dict()[key].dtype == torch.float32
 
 
-@pytest.mark.parametrize(("name", "options"), CASES)
-def test_weights_and_scores_are_fp32_and_the_output_keeps_the_input_dtype(name: str, options: dict[str, Any]) -> None:
-    layer = _layer(name, options).to(torch.bfloat16)
-    x_TD = torch.randn(6, 8, dtype=torch.bfloat16)
-    y_TD, plan = layer(x_TD)
-    assert y_TD.dtype == torch.bfloat16
-    assert plan.gate is not None
-    assert plan.weight_N.dtype == plan.gate.logits_TE.dtype == plan.gate.probs_TE.dtype == torch.float32
+@every_router
+def test_weights_and_scores_are_fp32_and_the_output_keeps_the_input_dtype(case: Case) -> None:
+    layer = _layer(case).to(torch.bfloat16)
+    batch = some_input(2, 3, dtype=torch.bfloat16)
+    y_BSD, plan = layer(batch.x_BSD, batch.context())
+    assert y_BSD.dtype == torch.bfloat16
+    assert (plan.weight_N if isinstance(plan, RoutingPlan) else plan.combine_GTS).dtype == torch.float32
+    if plan.gate is not None:
+        assert plan.gate.logits_TE.dtype == plan.gate.probs_TE.dtype == torch.float32
     # The product itself runs in fp32: bf16 products would be off by about 1e-2.
-    if name == "topk" and not options:
-        exact_TE = x_TD.double() @ layer.router.get_parameter("gate.weight").double().T
+    if case.name == "topk" and not case.options.get("gate_bias"):
+        assert plan.gate is not None
+        exact_TE = batch.x_BSD.flatten(0, 1).double() @ layer.router.get_parameter("gate.weight").double().T
         torch.testing.assert_close(plan.gate.logits_TE.double(), exact_TE, atol=1e-6, rtol=1e-5)
-    y_TD.float().sum().backward()
-    assert layer.router.get_parameter("gate.weight").grad.dtype == torch.float32
+    y_BSD.float().sum().backward()
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in layer.router.parameters())
 
 
 def test_autocast_does_not_reach_the_router() -> None:
-    layer, x_TD = _layer("topk"), torch.randn(6, 8)
+    layer, x_TD = MoE(8, 8, 4), torch.randn(6, 8)
     plain = layer(x_TD)[1]
     with torch.autocast("cpu", torch.bfloat16):
         cast = layer(x_TD)[1]
@@ -73,18 +74,22 @@ def test_autocast_does_not_reach_the_router() -> None:
     assert cast.gate.logits_TE.dtype == torch.float32
 
 
-def test_a_router_built_under_a_half_default_dtype_is_fp32() -> None:
+@every_router
+def test_a_router_built_under_a_half_default_dtype_is_fp32(case: Case) -> None:
     torch.set_default_dtype(torch.bfloat16)
-    for name, options in CASES:
-        router = build_router(name, 8, 4, 1 if name == "switch" else 2, options)
-        assert all(tensor.dtype == torch.float32 for tensor in router.state_dict().values())
+    router = _layer(case).router
+    for tensor in router.state_dict().values():
+        assert tensor.dtype == torch.float32 or not tensor.is_floating_point()
 
 
 @pytest.mark.parametrize("assign", [False, True])
-@pytest.mark.parametrize(("name", "options"), CASES)
-def test_half_precision_checkpoints_are_read_into_fp32(name: str, options: dict[str, Any], assign: bool) -> None:
-    layer = _layer(name, options)
-    saved = {key: torch.randn_like(value).to(torch.bfloat16) for key, value in layer.state_dict().items()}
+@every_router
+def test_half_precision_checkpoints_are_read_into_fp32(case: Case, assign: bool) -> None:
+    layer = _layer(case)
+    saved = {
+        key: torch.randn_like(value).to(torch.bfloat16) if value.is_floating_point() else value
+        for key, value in layer.state_dict().items()
+    }
     dtypes = {key: value.dtype for key, value in saved.items()}
     layer.load_state_dict(saved, assign=assign)
     for key in _names(layer):
@@ -93,9 +98,12 @@ def test_half_precision_checkpoints_are_read_into_fp32(name: str, options: dict[
     assert {key: value.dtype for key, value in saved.items()} == dtypes  # the caller's table is not touched
 
 
-@pytest.mark.parametrize(("name", "options"), CASES)
-def test_double_means_double(name: str, options: dict[str, Any]) -> None:
-    layer = _layer(name, options).double()
-    y_TD, plan = layer(torch.randn(4, 8, dtype=torch.float64))
+@every_router
+def test_double_means_double(case: Case) -> None:
+    layer, batch = _layer(case).double(), some_input(2, 3)
+    y_BSD, plan = layer(batch.x_BSD, batch.context())
     assert all(layer.state_dict()[key].dtype == torch.float64 for key in _names(layer))
-    assert y_TD.dtype == plan.weight_N.dtype == plan.gate.logits_TE.dtype == torch.float64
+    assert y_BSD.dtype == torch.float64
+    assert (plan.weight_N if isinstance(plan, RoutingPlan) else plan.combine_GTS).dtype == torch.float64
+    if plan.gate is not None:
+        assert plan.gate.logits_TE.dtype == torch.float64
