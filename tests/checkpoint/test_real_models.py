@@ -1,4 +1,4 @@
-"""The toolkit's own models through a model directory and a training checkpoint; routers in tests/models/test_every_router.py."""
+"""The toolkit's own models through a model directory and a training checkpoint (each router: tests/models)."""
 
 from __future__ import annotations
 
