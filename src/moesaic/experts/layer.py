@@ -139,6 +139,10 @@ class MoE(nn.Module):
             plan = edit(plan)
         return plan
 
+    def statistics(self, plan: RoutingPlan | SoftPlan) -> dict[str, Tensor]:
+        """What ``after_step`` must know of this forward besides counts; adds up over micro-batches and ranks."""
+        return self.router.statistics(plan)
+
     def after_step(self, stats: StepStats) -> None:
         """Called once per optimiser step: state that follows load (selection biases, controllers)."""
         self.router.after_step(stats)

@@ -34,6 +34,10 @@ class TokenContext:
         state: what this layer's router remembers between the forwards of one generation (kept with the key/value cache, one
             dict per layer; routers that look back read and update it in place); None outside generation.
         generator: random numbers for noisy routers; None uses torch's global generator.
+        stay_local: whether this batch's tokens keep to the experts of their own group (gating dropout); None lets each sparse
+            layer draw for itself.
+        evidence: collects, during one call of a router, what losses asked for beyond scores (the sparse layer moves it to
+            ``Gate.extra``); None where nobody asked.
     """
 
     ids_T: Tensor | None = None
@@ -50,6 +54,8 @@ class TokenContext:
     previous: Gate | None = None
     state: dict[str, Tensor] | None = None
     generator: torch.Generator | None = None
+    stay_local: bool | None = None
+    evidence: dict[str, Tensor] | None = None
 
     def need(self, field: str, router: str) -> Tensor:
         """The named field, or ``ConfigError`` naming the router that misses it."""

@@ -9,8 +9,8 @@ Legend: T tokens, D model width, E experts, K experts per token.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -71,6 +71,7 @@ class StepStats:
         active_share: rows chosen / (tokens * E), averaged over all sparse layers of the model.
         dropped: rows lost to capacity.
         mean_token_loss: mean language-model loss of the step.
+        sums: what ``Router.statistics`` said of each micro-batch, added up by name.
     """
 
     counts_E: Tensor
@@ -78,6 +79,12 @@ class StepStats:
     active_share: float = 0.0
     dropped: int = 0
     mean_token_loss: float = 0.0
+    sums: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def drop_rate(self) -> float:
+        """Share of the chosen rows that capacity turned away."""
+        return self.dropped / max(int(self.counts_E.sum()), 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +141,13 @@ class Router(KeepsFp32, ABC):
         """Losses only this router has, by name, already weighted; a function of the plan (and of buffers), nothing stored.
 
         They are added to the model's loss as they are, summed over layers: divide by ``outcome.num_layers`` for a mean.
+        """
+        return {}
+
+    def statistics(self, plan: RoutingPlan | SoftPlan) -> dict[str, Tensor]:
+        """What ``after_step`` must know of a forward besides counts, as tensors that add up over micro-batches and ranks.
+
+        A pure function of the plan and of buffers, called once per micro-batch in training.
         """
         return {}
 

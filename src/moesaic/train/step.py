@@ -28,7 +28,7 @@ Plans = dict[int, RoutingPlan | SoftPlan]
 
 @dataclass
 class LayerReading:
-    """What one sparse layer did during one step, summed over micro-batches."""
+    """What one sparse layer did during one step, summed over micro-batches; ``sums`` is for the layer itself."""
 
     load_E: Tensor
     dropped: float = 0.0
@@ -36,6 +36,7 @@ class LayerReading:
     margin: float = 0.0
     tokens: float = 0.0
     computed: float = 0.0
+    sums: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -102,6 +103,7 @@ def train_step(
         loss = token_loss_T.sum() / max(reading.targets, 1)
         reading.lm_loss += loss.item()
         _take_reading(reading, plans)
+        _take_statistics(reading, model, plans)
         for name, value in _own_losses(model, plans, token_loss_T).items():
             loss = loss + value / len(batches)
             reading.losses[name] = reading.losses.get(name, 0.0) + value.item() / len(batches)
@@ -143,7 +145,12 @@ def _after_step(model: Decoder, reading: StepReading) -> None:
     for layer, sparse in model.moe_layers().items():
         mine = reading.layers[layer]
         stats = StepStats(
-            mine.load_E, int(mine.tokens), sum(shares) / len(shares), int(mine.dropped), mean_token_loss=reading.lm_loss
+            mine.load_E,
+            int(mine.tokens),
+            sum(shares) / len(shares),
+            int(mine.dropped),
+            mean_token_loss=reading.lm_loss,
+            sums=mine.sums,
         )
         sparse.after_step(stats)
 
@@ -174,3 +181,13 @@ def _take_reading(reading: StepReading, plans: Plans) -> None:
         mine.entropy += float(read.router_entropy(plan)) * tokens
         mine.margin += float(read.margin(plan)) * tokens
         mine.tokens += tokens
+
+
+@torch.no_grad()
+def _take_statistics(reading: StepReading, model: Decoder, plans: Plans) -> None:
+    """Add up what the layers want to know of every micro-batch when the step is over."""
+    sparse = model.moe_layers()
+    for layer, plan in plans.items():
+        sums = reading.layers[layer].sums
+        for name, value in sparse[layer].statistics(plan).items():
+            sums[name] = sums[name] + value if name in sums else value
