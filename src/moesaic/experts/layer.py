@@ -25,7 +25,7 @@ from moesaic.ops.grouped import Backend
 from moesaic.plan.capacity import CapacityRule
 from moesaic.plan.edit import restrict
 from moesaic.plan.plan import RoutingPlan, SoftPlan
-from moesaic.routing import NO_CONTEXT, Router, StepStats, TokenContext, build_router
+from moesaic.routing import NO_CONTEXT, Router, RuleSet, StepStats, TokenContext, build_router
 
 Edit = Callable[[Any], Any]  # plan -> plan
 
@@ -42,8 +42,10 @@ class MoE(nn.Module):
         zero, copy, constant: zero-computation experts, added after the feed-forward ones; the router sees them all.
         capacity: drop rows over capacity by this rule; None is dropless.
         backend: of the grouped products.
+        rules: which tokens may use which experts.
 
     Attributes:
+        rules: may also be set from outside, at any time; nothing that routes, drops, reroutes or edits can break them.
         edits: plan edits applied after routing and capacity, in order; set from outside (``moesaic.edit``).
         dispatcher: how a plan is executed; replaced from outside for recomputation or parallel experts.
     """
@@ -66,6 +68,7 @@ class MoE(nn.Module):
         gated: bool = True,
         capacity: CapacityRule | None = None,
         backend: Backend = "auto",
+        rules: RuleSet | None = None,
     ) -> None:
         super().__init__()
         if dim < 1 or hidden < 1 or min(shared, zero, copy, constant) < 0:
@@ -86,8 +89,20 @@ class MoE(nn.Module):
         self.experts = WithSpecialExperts(stacked, zero, copy, constant) if special else stacked
         self.shared = SharedExperts(shared, dim, hidden, activation, gated, shared_gate) if shared else None
         self.capacity = capacity
+        self.rules = rules
         self.edits: tuple[Edit, ...] = ()
         self.dispatcher: Dispatcher = dispatch_local
+
+    @property
+    def rules(self) -> RuleSet | None:
+        """The rules in force; setting them raises ``ConfigError`` where they do not fit this layer's experts."""
+        return self._rules
+
+    @rules.setter
+    def rules(self, rules: RuleSet | None) -> None:
+        if rules is not None:
+            rules.check(self.router.num_experts)
+        self._rules = rules
 
     def reset_parameters(self, scale: float = 1.0, out_scale: float = 1.0) -> None:
         """Fan-in initialisation of all experts; the router keeps its own."""
@@ -128,15 +143,22 @@ class MoE(nn.Module):
     def route(self, x_TD: Tensor, ctx: TokenContext = NO_CONTEXT) -> RoutingPlan | SoftPlan:
         """The decision alone: router, capacity, edits. Made once per forward; recomputation never comes here.
 
-        Edits come last: capacity that reroutes must not undo a knockout, and a replayed plan is what was executed.
+        Edits come last: capacity that reroutes must not undo a knockout, and a replayed plan is what was executed. Rules
+        win over all of them.
         """
+        if self.rules is not None:
+            ctx = self.rules.apply(ctx, len(x_TD), self.router.num_experts, x_TD.device, self.training)
         plan: RoutingPlan | SoftPlan = self.router(x_TD, ctx)
+        if ctx.evidence and plan.gate is not None:
+            plan = replace(plan, gate=replace(plan.gate, extra={**plan.gate.extra, **ctx.evidence}))
         if ctx.allowed_TE is not None:
             plan = restrict(plan, ctx.allowed_TE)  # whatever the router made of the rules
         if self.capacity is not None and isinstance(plan, RoutingPlan):
             plan = self.capacity.apply(plan, self.training)
         for edit in self.edits:
             plan = edit(plan)
+        if self.edits and ctx.allowed_TE is not None:
+            plan = restrict(plan, ctx.allowed_TE)  # an edit may return any plan, one that knows no rules included
         return plan
 
     def statistics(self, plan: RoutingPlan | SoftPlan) -> dict[str, Tensor]:

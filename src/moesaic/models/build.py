@@ -88,6 +88,7 @@ def build_ffn(config: ModelConfig, layer: int) -> MLP | MoE:
         gated=config.gated,
         capacity=moe.capacity,
         backend=moe.backend,
+        rules=moe.rules,
     )
     check_losses(moe.losses, sparse.router)
     if not moe.router.allow_leak:

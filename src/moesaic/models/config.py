@@ -14,6 +14,7 @@ from moesaic.nn.norm import NormKind
 from moesaic.ops.grouped import Backend
 from moesaic.plan.capacity import CapacityRule
 from moesaic.routing.balance import Scope
+from moesaic.routing.rules import RuleSet
 
 _MOST_LAYERS = 10_000
 
@@ -50,6 +51,7 @@ class MoEConfig:
         losses: coefficients of balancing losses by name, see ``routing.LOSSES``.
         loss_scope: over what the Switch loss counts load.
         backend: of the grouped products.
+        rules: which tokens may use which experts, in every sparse layer (``routing/rules.py``).
     """
 
     num_experts: int | tuple[int, ...] = 16
@@ -67,6 +69,7 @@ class MoEConfig:
     losses: dict[str, float] = field(default_factory=lambda: {"switch": 1e-2, "z": 1e-3})
     loss_scope: Scope = "micro_batch"
     backend: Backend = "auto"
+    rules: RuleSet | None = None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from moesaic.routing.facts import Cost, Facts
 from moesaic.routing.gate import LinearGate, Outcome, Router, StepStats, TextStatistics
 from moesaic.routing.noisy import NoisyTopK
 from moesaic.routing.options import check_options, options_of
+from moesaic.routing.rules import Rule, RuleCounts, RuleSet
 from moesaic.routing.token_choice import GShardTop2, Switch, TopK
 
 ROUTERS: dict[str, type[Router]] = {
@@ -57,6 +58,9 @@ __all__ = [
     "NoisyTopK",
     "Outcome",
     "Router",
+    "Rule",
+    "RuleCounts",
+    "RuleSet",
     "StepStats",
     "Switch",
     "TextStatistics",

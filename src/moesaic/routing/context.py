@@ -36,8 +36,8 @@ class TokenContext:
         generator: random numbers for noisy routers; None uses torch's global generator.
         stay_local: whether this batch's tokens keep to the experts of their own group (gating dropout); None lets each sparse
             layer draw for itself.
-        evidence: collects, during one call of a router, what losses asked for beyond scores (the sparse layer moves it to
-            ``Gate.extra``); None where nobody asked.
+        evidence: collects, during one call of a router, what losses want to know beyond scores (the sparse layer moves it to
+            ``Gate.extra``): ``ruled`` puts the logits before rules there. None where nobody asked.
     """
 
     ids_T: Tensor | None = None
@@ -76,6 +76,17 @@ class TokenContext:
         if self.position_T is None:
             return torch.arange(S, device=device).expand(B, S)
         return self.position_T.view(B, S)
+
+    def documents(self, num_tokens: int, device: torch.device) -> Tensor:
+        """int64 (B, S): how many documents have begun in the row, this token's included; 0 continues what an earlier forward
+        of the same generation read.
+        """
+        begins_BS = self.positions(num_tokens, device) == 0
+        if self.valid_T is not None:
+            begins_BS = begins_BS & self.valid_T.view(
+                begins_BS.shape
+            )  # padding before the first token has position 0 too
+        return begins_BS.long().cumsum(dim=1)
 
 
 NO_CONTEXT = TokenContext()

@@ -95,11 +95,20 @@ class TextStatistics:
     Attributes:
         counts_V: ``() -> int64 (V,)`` occurrences of each token.
         pairs_VV: ``() -> sparse int64 (V, V)`` COO: how often token j follows token i.
+        labels: the domains; their numbers are the ``task_T`` of training.
     """
 
     vocab_size: int
     counts_V: Callable[[], Tensor]
     pairs_VV: Callable[[], Tensor]
+    labels: tuple[str, ...] = ()
+    _made: dict[object, Tensor] = field(default_factory=dict)
+
+    def once(self, key: object, make: Callable[[], Tensor]) -> Tensor:
+        """``make()``, computed for the first layer that asks for ``key`` and shared by the others."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
 
 class Router(KeepsFp32, ABC):
@@ -153,6 +162,13 @@ class Router(KeepsFp32, ABC):
 
     def after_step(self, stats: StepStats) -> None:
         """Called once per optimiser step. For state that follows load; ``forward`` never changes state."""
+
+    def observe(self, plan: RoutingPlan | SoftPlan, outcome: Outcome) -> None:
+        """Called once per optimiser step, after the update, with the detached plan of the step's last micro-batch.
+
+        For state that follows single tokens rather than load (memories); what it reads of the plan, ``forward`` put into
+        ``gate.extra``. On several ranks each sees its own tokens.
+        """
 
     def weigh(self, gate: Gate, expert_TK: Tensor) -> Tensor:
         """fp32 (T, K) weights this router would give to these experts; routers that support live replay define it."""
@@ -220,6 +236,8 @@ def ruled(logits_TE: Tensor, ctx: TokenContext) -> Tensor:
     """Logits under the rules of the context: soft rules add, hard ones put -inf, so that no probability falls on a forbidden
     expert. A token without any permitted expert keeps its logits (finite scores); its rows go nowhere all the same.
     """
+    if ctx.evidence is not None:
+        ctx.evidence["free_logits_TE"] = logits_TE  # to be taught from: over masked ones, permitted experts always sum to 1
     if ctx.rule_bias_TE is not None:
         logits_TE = logits_TE + ctx.rule_bias_TE.to(logits_TE.dtype)
     if ctx.allowed_TE is not None:

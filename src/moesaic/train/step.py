@@ -126,6 +126,8 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     _after_step(model, reading)
+    for layer, sparse in model.moe_layers().items():
+        sparse.router.observe(plans[layer].detach(), Outcome(token_loss_T.detach(), len(plans)))
     return reading, plans
 
 
