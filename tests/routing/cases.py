@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moesaic.models.config import MoEConfig, RouterConfig
-from moesaic.plan import RoutingPlan, SoftPlan
+from moesaic.plan import Gate, RoutingPlan, SoftPlan
 from moesaic.routing import Router, TokenContext, build_router
 
 DIM = 16
@@ -72,6 +72,77 @@ CASES = [
     Case("gshard", {"second": "threshold", "threshold": 0.45}),
     Case("noisy_topk", {"variant": "shazeer"}),
     Case("noisy_topk", {"variant": "vmoe"}, k=1),
+    Case("low_rank", {"rank": 4}),
+    Case("low_rank", {"rank": 2, "normalize": "none"}, k=1),
+    Case("cosine"),
+    Case("cosine", {"projection": 6, "perturb": 0.5, "normalize": "none"}, k=1),
+    Case("top_p", {"threshold": 0.6}),
+    Case("top_p", {"k_max": 3}),
+    Case("top_any", {"threshold": 0.2}),
+    Case("top_any", {"fallback": "always", "k_max": 3}),
+    Case("budget", k=3),
+    Case("budget", {"k_max": 5, "target": 2.5, "sample": True}),
+    Case("null_experts", k=3, special=3),
+    Case("moepp", special=3),
+    Case("moepp", {"normalize": "chosen", "tau": 0.4}, special=2),
+    Case("random"),
+    Case("random", {"seed": 1}, k=3),
+    Case("round_robin"),
+    Case("round_robin", k=3),
+    Case("hash", {"vocab_size": 64}, k=1),
+    Case("hash", {"vocab_size": 64, "kind": "balanced"}),
+    Case("hash", {"vocab_size": 64, "kind": "bigram"}),
+    Case("hash", {"vocab_size": 64, "kind": "previous"}, k=1),
+    Case("hash", {"vocab_size": 64, "kind": "clustered", "even": True}),
+    Case("hash", {"vocab_size": 64, "kind": "dispersed"}, k=1),
+    Case("hash", {"vocab_size": 64, "kind": "future"}),
+    Case("task"),
+    Case("task", {"num_tasks": 5, "normalize": "none", "unknown": "fallback", "fallback": [6]}, k=1),
+    Case("sentence", {"pool": "mean"}),
+    Case("sentence", {"pool": "prefix"}),
+    Case("sentence", {"pool": "prefix", "normalize": "none"}, k=1),
+    Case("demix", k=1),
+    Case("demix"),
+    Case("constant", experts=4, k=4),
+    Case("conv", {"width": 3}),
+    Case("conv", {"width": 2, "normalize": "none"}, k=1),
+    Case("attention", {"head_dim": 4}),
+    Case("attention", {"head_dim": 4, "combine": "concat", "normalize": "none"}, k=1),
+    Case("recurrent", {"hidden": 8}),
+    Case("recurrent", {"hidden": 8, "normalize": "none"}, k=1),
+    Case("segment", {"segment_len": 4}),
+    Case("segment", {"segment_len": 3, "coupling": 0.4, "normalize": "none"}),
+    Case("segment", {"segment_len": 4, "pool": "first", "coupling": 0.4}),
+    Case("segment", {"segment_len": 4, "pool": "mean", "coupling": 0.4}),
+    Case("straight_through"),
+    Case("straight_through", k=1),
+    Case("gumbel"),
+    Case("gumbel", {"hard": False}, k=1),
+    Case("reinforce", {"baseline": "ema"}),
+    Case("reinforce", {"baseline": "learned"}, k=1),
+    Case("sparsemixer", {"jitter": 0.3}, k=1),
+    Case("sparsemixer_v2", {"jitter": 0.3}),
+    Case("sparsemixer_v2", {"jitter": 0.3, "scale_forward": False}, k=1),
+    Case("relu"),
+    Case("relu", {"balance": False}),
+    Case("soft_moe", {"tokens": 12}),
+    Case("soft_moe", {"slots_per_expert": 2}),
+    Case("dense_soft", experts=4, k=4),
+    Case("prototype"),
+    Case("hierarchical", {"groups": 4, "k_groups": 2}),
+    Case("hierarchical", {"groups": 2, "normalize": "level"}, k=4),
+    Case("hierarchical", {"groups": 4, "normalize": "none"}, k=1),
+    Case("hierarchical", {"groups": 4, "joint_scores": True}),
+    Case("hierarchical", {"groups": 2, "normalize": "level", "joint_scores": True}, k=4),
+    Case("hierarchical", {"groups": 2, "normalize": "none", "joint_scores": True}, k=1),
+    Case("tree", k=1),
+    Case("tree", {"branch": 4}, k=1, experts=16),
+    Case("tree", {"train": "hard"}, k=1),
+    Case("tree", {"train": "hard", "branch": 4}, k=1, experts=16),
+    Case("product_keys", {"key_dim": 8}, experts=16),
+    Case("product_keys", {"heads": 2, "key_dim": 8, "shared_keys": False}, k=6, experts=16),
+    Case("product_keys", {"heads": 2, "key_dim": 8, "query_norm": "batch"}, k=4, experts=16),
+    Case("product_keys", {"key_dim": 8, "query_norm": "none"}, experts=16),
 ]
 
 
@@ -103,8 +174,11 @@ class Input:
         return replace(ctx, **changes)
 
     def route(self, router: Router, **changes: Any) -> RoutingPlan | SoftPlan:
-        """The router's plan for this batch."""
-        return router(self.x_BSD.flatten(0, 1), self.context(**changes))
+        """The router's plan for this batch, in a layer whose predecessor scored each token by its first E numbers."""
+        x_TD = self.x_BSD.flatten(0, 1)
+        logits_TE = 0.3 * x_TD[:, : router.num_experts].to(torch.promote_types(x_TD.dtype, torch.float32))
+        previous = Gate(logits_TE, logits_TE.softmax(dim=1))
+        return router(x_TD, self.context(**{"previous": previous, **changes}))
 
     def part(self, rows: slice, places: slice) -> Input:
         """Some rows and places of the batch, positions kept."""
@@ -114,11 +188,11 @@ class Input:
 
 
 def some_input(B: int = 2, S: int = 12, *, seed: int = 0, tasks: int = 8, dtype: torch.dtype = torch.float64) -> Input:
-    """Random vectors with a common direction (so that loads are skewed), ids, tasks and tenants per sequence."""
+    """Random vectors with a common direction (so that loads are skewed), ids, tasks (some unknown) and tenants per sequence."""
     rng = torch.Generator().manual_seed(seed)
     x_BSD = torch.randn(B, S, DIM, generator=rng, dtype=dtype) + torch.randn(DIM, generator=rng, dtype=dtype)
     ids_BS = torch.randint(VOCAB, (B, S), generator=rng)
-    task_BS = torch.randint(tasks, (B, 1), generator=rng).expand(B, S).clone()
+    task_BS = torch.randint(-1, tasks, (B, 1), generator=rng).expand(B, S).clone()  # -1: unknown
     tenant_BS = torch.arange(B)[:, None].expand(B, S).clone()
     return Input(x_BSD, ids_BS, task_BS, tenant_BS, torch.arange(S).expand(B, S).clone(), seed=seed)
 

@@ -6,20 +6,67 @@ import inspect
 from typing import Any
 
 from moesaic.errors import ConfigError, nearest
+from moesaic.routing.adaptive import Budget, TopP
 from moesaic.routing.balance import LOSSES, LossContext, balance_loss, bias_step, check_losses
 from moesaic.routing.context import NO_CONTEXT, TokenContext
+from moesaic.routing.contextual import AttentionRouter, Conv, Recurrent
+from moesaic.routing.dynmoe import TopAny
+from moesaic.routing.estimators import GumbelSoftmax, Reinforce, StraightThrough
 from moesaic.routing.facts import Cost, Facts
+from moesaic.routing.fixed import RandomRouter, RoundRobin
 from moesaic.routing.gate import LinearGate, Outcome, Router, StepStats, TextStatistics
+from moesaic.routing.hierarchical import Hierarchical
+from moesaic.routing.hashing import Hash
 from moesaic.routing.noisy import NoisyTopK
 from moesaic.routing.options import check_options, options_of
+from moesaic.routing.product_keys import ProductKeys
+from moesaic.routing.projected import Cosine, LowRank
+from moesaic.routing.prototype import Prototypes
+from moesaic.routing.relu import ReLURouter
 from moesaic.routing.rules import Rule, RuleCounts, RuleSet
+from moesaic.routing.segment import Segment
+from moesaic.routing.soft import DenseSoft, SoftMoE
+from moesaic.routing.sparsemixer import SparseMixer, SparseMixerV2
+from moesaic.routing.task import Constant, Demix, Sentence, Task
+from moesaic.routing.special_choice import MoEPlusPlus, NullExperts
 from moesaic.routing.token_choice import GShardTop2, Switch, TopK
+from moesaic.routing.tree import Tree
 
 ROUTERS: dict[str, type[Router]] = {
     "topk": TopK,
     "switch": Switch,
     "gshard": GShardTop2,
     "noisy_topk": NoisyTopK,
+    "low_rank": LowRank,
+    "cosine": Cosine,
+    "top_p": TopP,
+    "top_any": TopAny,
+    "budget": Budget,
+    "null_experts": NullExperts,
+    "moepp": MoEPlusPlus,
+    "random": RandomRouter,
+    "round_robin": RoundRobin,
+    "hash": Hash,
+    "task": Task,
+    "sentence": Sentence,
+    "demix": Demix,
+    "constant": Constant,
+    "conv": Conv,
+    "attention": AttentionRouter,
+    "recurrent": Recurrent,
+    "segment": Segment,
+    "straight_through": StraightThrough,
+    "gumbel": GumbelSoftmax,
+    "reinforce": Reinforce,
+    "sparsemixer": SparseMixer,
+    "sparsemixer_v2": SparseMixerV2,
+    "relu": ReLURouter,
+    "soft_moe": SoftMoE,
+    "dense_soft": DenseSoft,
+    "prototype": Prototypes,
+    "hierarchical": Hierarchical,
+    "tree": Tree,
+    "product_keys": ProductKeys,
 }
 
 
