@@ -68,7 +68,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Cost:
-    """Price of one routing decision for T tokens.
+    """Price of one routing decision for the T tokens of one sequence (it matters where a router's price grows with length).
 
     Attributes:
         flops: of matrix products in the forward (a multiply-add counts 2), as ``torch.utils.flop_counter`` counts them;
