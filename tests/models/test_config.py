@@ -14,6 +14,7 @@ from moesaic.errors import ConfigError
 from moesaic.models import ModelConfig, MoEConfig, RouterConfig, build_model, dense_twin
 from moesaic.models.config import pick
 from moesaic.plan.capacity import CapacityRule
+from moesaic.routing import Rule, RuleSet
 from tests.models.tiny import tiny
 
 FULL = ModelConfig(
@@ -51,6 +52,7 @@ FULL = ModelConfig(
         losses={"switch": 0.5, "z": 0.0},
         loss_scope="global_batch",
         backend="loop",
+        rules=RuleSet((Rule(when={"task": ((0, 3), 7)}, forbid=(1,)), Rule(allow=(0,), weight=0.5)), on_none="refuse"),
     ),
 )
 

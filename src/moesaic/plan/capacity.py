@@ -206,6 +206,8 @@ def _offer_next_best(
         # Only a token's first lost row takes this offer, or two rows would land on one expert.
         first_lost_N = (lost_N.view(T, K) & (lost_N.view(T, K).cumsum(1) == 1)).view(-1)
         trying_N = first_lost_N & ~uses_N
+        if plan.allowed_TE is not None:  # a forbidden offer would take a seat and then go nowhere
+            trying_N = trying_N & plan.allowed_TE[plan.token_N, offer_N]
         tried_N = torch.where(trying_N, offer_N, expert_N)
         # Seated rows come first, so an offer never evicts anybody.
         seated_first_N = order_N[torch.sort(trying_N[order_N].int(), stable=True).indices]
@@ -217,7 +219,7 @@ def _offer_next_best(
 def _fill_free_slots(
     plan: RoutingPlan, expert_N: Tensor, lost_N: Tensor, group_N: Tensor, order_N: Tensor, slots: int, groups: int
 ) -> Tensor:
-    """Hand lost rows, in priority order, a free slot of their group: the lowest expert their token does not use already.
+    """Hand lost rows, in priority order, a free slot of their group: the lowest expert their token may and does not yet use.
 
     A row with no such expert stays lost. Overflow is the exception, so this walks the lost rows one by one on the host.
     """
@@ -233,6 +235,10 @@ def _fill_free_slots(
     for token, expert in zip(tokens.tolist(), filled_N.tolist(), strict=True):
         if token in used:
             used[token].add(expert)
+    if plan.allowed_TE is not None:
+        forbidden = (~plan.allowed_TE).cpu()
+        for token, mine in used.items():
+            mine.update(forbidden[token].nonzero()[:, 0].tolist())
     for row in rows:
         left, mine = slots_left[row_groups[row]], used[int(tokens[row])]
         expert = next((e for e in range(E) if left[e] > 0 and e not in mine), E)
