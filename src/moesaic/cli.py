@@ -217,6 +217,7 @@ def generate(
     repetition_penalty: Annotated[float, arg(help="Above 1 discourages tokens already seen.")] = 1.0,
     stop: Annotated[tuple[str, ...], arg(help="Stop before any of these strings.")] = (),
     seed: Annotated[int, arg(help="Seed of sampling.")] = 0,
+    task: Annotated[int | None, _int("Task or domain, for models routed by it; -1 if unknown.", "none")] = None,
     json: Json = False,
 ) -> int:
     """Continue a text, streaming it to the terminal.
@@ -252,6 +253,7 @@ def generate(
         stop=stops,
         seed=seed,
         on_text=show if live else None,
+        task=task,
     )
     if json:
         rows = [

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from tokenizers import Tokenizer
 
 from moesaic.errors import ConfigError, DataError
+from moesaic.infer.domains import Mixture
 from moesaic.infer.sampling import SamplingConfig
 from moesaic.infer.stop import StopScanner
 from moesaic.infer.token_loop import CausalModel, Finish, Generation, generate_ids
@@ -38,6 +39,8 @@ def generate(
     seed: int | Sequence[int] = 0,
     on_text: Callable[[int, str], None] | None = None,
     eos_ids: Sequence[int] | None = None,
+    task: int | Sequence[int] | None = None,
+    mixture: Mixture | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -54,7 +57,7 @@ def generate(
     stop: the text ends before the first of these strings. eos_ids: ends a row; the tokenizer's own by default.
     on_text(row, piece): receives the text as it becomes certain; the pieces joined are exactly the returned text, no
     piece holds half a character or a part of a stop string.
-    seed, max_new_tokens, warnings and errors as in ``generate_ids``.
+    seed, max_new_tokens, task, mixture, warnings and errors as in ``generate_ids``.
     """
     given = {
         "temperature": temperature,
@@ -76,6 +79,8 @@ def generate(
         seed=seed,
         on_text=on_text,
         eos_ids=eos_ids,
+        task=task,
+        mixture=mixture,
     )
     return texts[0] if isinstance(prompts, str) else texts
 
@@ -91,6 +96,8 @@ def generate_texts(
     seed: int | Sequence[int] = 0,
     on_text: Callable[[int, str], None] | None = None,
     eos_ids: Sequence[int] | None = None,
+    task: int | Sequence[int] | None = None,
+    mixture: Mixture | None = None,
 ) -> tuple[list[str], Generation]:
     """``generate`` for a list of prompts, with the ids, finish reasons and speed beside the texts.
 
@@ -131,6 +138,8 @@ def generate_texts(
         seed=seed,
         on_token=on_token,
         on_finish=on_finish,
+        task=task,
+        mixture=mixture,
     )
     return ["".join(row) for row in pieces], result
 

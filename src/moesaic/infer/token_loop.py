@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.errors import ConfigError
+from moesaic.infer.domains import Mixture, RowTasks, row_tasks
 from moesaic.infer.sampling import History, SamplingConfig, sample
 
 Finish = Literal["stop", "length", "eos"]
@@ -46,7 +47,7 @@ class CausalModel(Protocol):
     def new_cache(self, batch: int, max_len: int) -> Any: ...
     def modules(self) -> Iterator[nn.Module]: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
-    def __call__(self, ids_BS: Tensor, *, valid_BS: Tensor | None, cache: Any) -> Any: ...
+    def __call__(self, ids_BS: Tensor, *, valid_BS: Tensor | None, cache: Any, **side_inputs: Tensor) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -87,21 +88,27 @@ def generate_ids(
     seed: int | Sequence[int] = 0,
     on_token: Callable[[int, int], bool | None] | None = None,
     on_finish: Callable[[int, Finish], None] | None = None,
+    task: int | Sequence[int] | None = None,
+    mixture: Mixture | None = None,
 ) -> Generation:
     """Continue every prompt (token ids, none empty) by up to ``max_new_tokens``.
 
     eos_ids end a row; banned_ids are never chosen; pad_id fills the batch and is masked, so its value does not matter.
     seed: one for all rows, or one per row. on_token(row, id) sees every new token and ends the row by returning True;
     on_finish(row, reason) follows a row's last token. Exceptions they raise end the call.
+    task, mixture: for models routed by task or domain: its number, or weights over all of them; one for all prompts or one
+    each. Every token of the prompt and of the continuation counts as of that task.
 
     Warns when ``model.config.max_seq_len`` leaves room for fewer tokens than asked. Raises ``ConfigError`` when it
-    leaves none, for an empty prompt and for ids the model does not know; ``NonFiniteError`` for NaN logits.
+    leaves none, for an empty prompt, for ids the model does not know, and where a model routed by task is given none;
+    ``NonFiniteError`` for NaN logits.
     """
     sampling = sampling or SamplingConfig()
     if not hasattr(model, "new_cache"):
         raise ConfigError(f"generate needs a decoder with a key-value cache, but {type(model).__name__} has none.")
     room = _room(prompts, max_new_tokens, model.config)
     streams = _random_streams(prompts, seed)
+    tasks = row_tasks(model, len(prompts), task, mixture)
     new: list[list[int]] = [[] for _ in prompts]
     finish: dict[int, Finish] = {}
 
@@ -125,7 +132,7 @@ def generate_ids(
             batch = [prompts[row] for row in rows]
             generators = [streams[row] for row in rows]
             steps = max(room[row] for row in rows)
-            _run_batch(model, rows, batch, steps, sampling, generators, pad_id, banned_ids, take, clock)
+            _run_batch(model, rows, batch, tasks, steps, sampling, generators, pad_id, banned_ids, take, clock)
     return Generation(
         ids=tuple(tuple(row) for row in new),
         finish=tuple(finish[row] for row in range(len(prompts))),
@@ -149,6 +156,7 @@ def _run_batch(
     model: CausalModel,
     rows: list[int],
     prompts: list[Sequence[int]],
+    tasks: RowTasks,
     steps: int,
     sampling: SamplingConfig,
     generators: list[torch.Generator],
@@ -174,7 +182,7 @@ def _run_batch(
     begin, end = 0, width
     while True:
         fed_BS, fed_valid_BS = ids_BS[:, begin:end].to(device), valid_BS[:, begin:end].to(device)
-        output = model(fed_BS, valid_BS=fed_valid_BS, cache=cache)
+        output = model(fed_BS, valid_BS=fed_valid_BS, cache=cache, **tasks.inputs(rows, end - begin, device))
         cache = output.cache
         logits_BV = output.logits[:, -1].to(sampler, torch.float32, copy=True)
         logits_BV[:, banned] = -torch.inf

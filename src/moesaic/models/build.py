@@ -12,19 +12,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from moesaic.errors import ConfigError
 from moesaic.experts.layer import MoE
 from moesaic.models.block import Block
-from moesaic.models.config import ModelConfig, MoEConfig, pick
+from moesaic.models.config import ModelConfig, MoEConfig, RouterConfig, pick
 from moesaic.models.decoder import Decoder
 from moesaic.nn.attention import Attention
 from moesaic.nn.linear import Linear, init_fan_in_
 from moesaic.nn.mlp import MLP
 from moesaic.nn.norm import make_norm
-from moesaic.routing import check_losses
+from moesaic.routing import ROUTERS, check_losses, router_options
 
 
 def build_model(config: ModelConfig, seed: int | None = None, device: torch.device | str = "cpu") -> Decoder:
@@ -78,7 +80,7 @@ def build_ffn(config: ModelConfig, layer: int) -> MLP | MoE:
         pick(moe.num_experts, i),
         pick(moe.k, i),
         moe.router.name,
-        moe.router.options,
+        _router_options(config, moe.router),
         shared=moe.shared,
         shared_gate=moe.shared_gate,
         zero=moe.zero,
@@ -94,6 +96,18 @@ def build_ffn(config: ModelConfig, layer: int) -> MLP | MoE:
     if not moe.router.allow_leak:
         _refuse_leaks(moe, sparse)
     return sparse
+
+
+def _router_options(config: ModelConfig, router: RouterConfig) -> dict[str, Any]:
+    """The router's options, and the vocabulary size for those that have a table over it."""
+    if router.name not in ROUTERS or "vocab_size" not in router_options(router.name):
+        return router.options
+    if router.options.get("vocab_size", config.vocab_size) != config.vocab_size:
+        raise ConfigError(
+            f"model.moe.router.options.vocab_size={router.options['vocab_size']} is not the model's vocab_size="
+            f"{config.vocab_size}; leave it out."
+        )
+    return {**router.options, "vocab_size": config.vocab_size}
 
 
 def _refuse_leaks(moe: MoEConfig, sparse: MoE) -> None:

@@ -25,6 +25,7 @@ from moesaic.cost.count import count_parameters
 from moesaic.data.corpus import Corpus
 from moesaic.data.packing import PackedRows, RowSampler
 from moesaic.errors import CheckpointError, ConfigError, MoesaicError, disk_errors
+from moesaic.infer.domains import routers_by_task
 from moesaic.infer.generate import generate
 from moesaic.models.build import build_model
 from moesaic.models.config import ModelConfig
@@ -32,6 +33,7 @@ from moesaic.models.decoder import Decoder
 from moesaic.plan.store import TraceWriter
 from moesaic.train.config import TrainConfig
 from moesaic.train.evaluate import Evaluation, evaluate, spread
+from moesaic.train.fit import fit_routers
 from moesaic.train.log import MetricsLog, Progress
 from moesaic.train.optim import learning_rate, make_optimizer
 from moesaic.train.recompute import recompute_activations
@@ -156,6 +158,8 @@ class _Run:
             self._restore(found)
             if self.finished_before:
                 return
+        else:
+            fit_routers(self.model, corpus.train, self.say)
         if changes:
             self.say(f"Changed from here on: {', '.join(changes)}.")
         # Last, so that a refused run leaves nothing behind and a refused resume the config it was started with.
@@ -362,6 +366,7 @@ class _Run:
             temperature=0.8,
             top_p=0.95,
             seed=self.config.seed,
+            task=0 if routers_by_task(self.model) else None,  # of the first domain
         )
         # The file first: killed between the two, a resumed run finds no record and writes both again.
         atomic_file(self.folder / "sample.txt", text + "\n")
