@@ -21,10 +21,11 @@ LEVELS = {
     **dict.fromkeys(["train", "compress", "lens"], 5),
     **dict.fromkeys(["audit", "report", "serve"], 6),
     **dict.fromkeys(["twins", "settings"], 7),
-    "quickstart": 8,
+    **dict.fromkeys(["quickstart", "compare"], 8),
     "__init__": 9,
-    "cli": 10,
-    "__main__": 11,
+    "commands": 10,
+    "cli": 11,
+    "__main__": 12,
 }
 
 

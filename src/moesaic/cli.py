@@ -21,6 +21,8 @@ from tyro.conf import Positional, arg
 
 import moesaic
 from moesaic.checkpoint.native import load_config
+from moesaic.commands.compare import compare
+from moesaic.commands.output import Json, Overrides, console_for, print_json, sayer
 from moesaic.config import from_dict, load_config_file, to_dict
 from moesaic.cost.count import count_parameters
 from moesaic.cost.devices import doctor as examine
@@ -39,7 +41,6 @@ from moesaic.settings import merge, override, refuse_taken, saved_run, shape
 from moesaic.terminal import guarded, parse, visible
 from moesaic.train.config import TrainConfig
 from moesaic.train.evaluate import evaluate, spread
-from moesaic.train.log import finite
 from moesaic.train.loop import fit_vocabulary, run_training
 from moesaic.train.recipes import RECIPES
 from moesaic.train.resume import check_run, load_run_config, saved_tokenizer
@@ -47,8 +48,6 @@ from moesaic.train.snapshot import resolve_model_folder
 from moesaic.train.stop import StopRequest
 from moesaic.twins import run_twins
 
-Overrides = Annotated[tuple[str, ...], arg(name="set", metavar="NAME=VALUE ...", help="Settings by dotted name.")]
-Json = Annotated[bool, arg(name="json", help="Print the result as one JSON object on standard output.")]
 _OF_QUICKSTART = "of the recipe, or of the run resumed"
 _OF_TRAIN = "of --config, the recipe, or the run resumed"
 
@@ -78,9 +77,9 @@ def quickstart(
     refuse_taken(out, resume=resume, twin=True)
     if resume:
         check_run(config, out / "sparse")
-    comparison = run_quickstart(config, out, resume=resume, console=_console(json))
+    comparison = run_quickstart(config, out, resume=resume, console=console_for(json))
     if json:
-        _print_json({"folder": str(out), "report": str(comparison.report), **comparison.summary})
+        print_json({"folder": str(out), "report": str(comparison.report), **comparison.summary})
     return 0 if comparison.finished else 130
 
 
@@ -91,7 +90,9 @@ def train(
         Path | None,
         arg(metavar="PATH", help="A .json or .toml file with any of the settings.", help_behavior_hint="(optional)"),
     ] = None,
-    recipe: Annotated[Literal["small", "quickstart"], arg(help="Where settings not given come from.")] = "small",
+    recipe: Annotated[
+        Literal["small", "quickstart", "compare"], arg(help="Where settings not given come from.")
+    ] = "small",
     steps: Annotated[int | None, _int("Optimiser steps.", _OF_TRAIN)] = None,
     seed: Annotated[int | None, _int("Seed of initialisation, data order and noise.", _OF_TRAIN)] = None,
     set_: Overrides = (),
@@ -108,7 +109,7 @@ def train(
       moesaic train --data stdlib --twin --out runs/twins
       moesaic train --resume --out runs/books
     """
-    say = _say(_console(json))
+    say = sayer(console_for(json))
     saved = out / "sparse" if twin else out
     settings = to_dict(saved_run(out, twin=twin) if resume else RECIPES[recipe]())
     given = {} if config is None else load_config_file(config)
@@ -130,9 +131,9 @@ def train(
     if twin:
         with StopRequest(say, resume_with=f"{again} --twin") as stop:
             comparison = run_twins(run, corpus, out, resume=resume, say=say, stop=stop)
-        show_comparison(comparison, _console(json), resume_with=f"{again} --twin")
+        show_comparison(comparison, console_for(json), resume_with=f"{again} --twin")
         if json:
-            _print_json({"folder": str(out), "report": str(comparison.report), **comparison.summary})
+            print_json({"folder": str(out), "report": str(comparison.report), **comparison.summary})
         return 0 if comparison.finished else 130
     with StopRequest(say, resume_with=again) as stop:
         result = run_training(run, corpus, out, resume=resume, say=say, stop=stop)
@@ -145,7 +146,7 @@ def train(
         say(f"Done: {result.step} steps, {result.tokens:,} tokens at {rate}, validation loss {loss}.")
     say(f"Report: {report_path.resolve()}")
     if json:
-        _print_json({**result.record(), "report": str(report_path)})
+        print_json({**result.record(), "report": str(report_path)})
     return 0 if result.reason == "done" else 130
 
 
@@ -182,7 +183,7 @@ def evaluate_command(
             f"{folder} has no tokenizer.json, so text cannot be read with it; add the tokenizer to the folder."
         )
     trained = _training_config(folder)
-    say = _say(_console(json))
+    say = sayer(console_for(json))
     if data:
         # All of it counts as validation text: nothing here was trained on, as far as we know.
         settings = DataConfig(sources=tuple(data), label_field=label_field)
@@ -196,7 +197,7 @@ def evaluate_command(
     indices = spread(packed, rows or len(packed))
     result = evaluate(loaded, packed, indices, batch_size, progress=_counter(len(indices)))
     if json:
-        _print_json({"model": str(folder), "tokens": result.tokens, **result.record()})
+        print_json({"model": str(folder), "tokens": result.tokens, **result.record()})
         return 0
     say(
         f"{folder}: loss {result.loss:.4f} nats per token, perplexity {result.perplexity:.2f}, over {result.tokens:,} tokens"
@@ -259,7 +260,7 @@ def generate(
         rows = [
             {"prompt": p, "text": t, "finish": f} for p, t, f in zip(prompts, texts, generation.finish, strict=True)
         ]
-        _print_json({"results": rows, "decode_tokens_per_s": generation.decode_tokens_per_s})
+        print_json({"results": rows, "decode_tokens_per_s": generation.decode_tokens_per_s})
         return 0
     if not live:
         for p, text in zip(prompts, texts, strict=True):
@@ -289,7 +290,7 @@ def report(
     """
     path = write_report(folder, out)
     if json:
-        _print_json({"report": str(path)})
+        print_json({"report": str(path)})
     else:
         print(path.resolve())
     return 0
@@ -327,9 +328,7 @@ def info(
     }
     if json:
         parts = {p: {"total": n, "active": counts.active_parts[p]} for p, n in counts.parts.items()}
-        _print_json(
-            {"total": counts.total, "active": counts.active, "parts": parts, **facts, "config": to_dict(config)}
-        )
+        print_json({"total": counts.total, "active": counts.active, "parts": parts, **facts, "config": to_dict(config)})
         return 0
     # How many of its k experts compute anything is the router's choice, token by token.
     free = 0 if moe is None else moe.zero + moe.copy + moe.constant
@@ -361,7 +360,7 @@ def doctor(
     """
     found = examine(deep=deep)
     if json:
-        _print_json(found.to_dict())
+        print_json(found.to_dict())
     else:
         Console(highlight=False).print(format_doctor(found), markup=False, soft_wrap=True)
     return 0
@@ -370,6 +369,7 @@ def doctor(
 COMMANDS: dict[str, Callable[..., int]] = {
     "quickstart": quickstart,
     "train": train,
+    "compare": compare,
     "eval": evaluate_command,
     "generate": generate,
     "report": report,
@@ -427,22 +427,6 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _console(json: bool) -> Console:
-    """Where words for people go: standard output, or standard error when that is kept for JSON."""
-    return Console(stderr=json, highlight=False)
-
-
-def _say(console: Console) -> Callable[[str], None]:
-    def say(sentence: str) -> None:
-        console.print(visible(sentence), markup=False, highlight=False, soft_wrap=True)
-
-    return say
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    print(json_module.dumps(finite(value), default=str, allow_nan=False))
 
 
 def _at_least(option: str, value: int, least: int) -> None:

@@ -1,29 +1,23 @@
 """Assemble the report: one HTML file that needs no network, safe to open whatever text the model wrote.
 
-    write_report(Path("runs/first"))        # a run folder (holds metrics.jsonl)
-    write_report(Path("quickstart-out"))    # a comparison (holds sparse/ and dense/ run folders)
-
-The page forbids itself every load and every script but its own (a content policy with the script's hash), so model text
-could not run even if an escape were forgotten.
+write_report(Path("runs/first"))        # a run folder (holds metrics.jsonl)
+write_report(Path("quickstart-out"))    # a comparison (holds sparse/ and dense/ run folders)
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
-import os
-from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from moesaic.errors import DataError, disk_errors
+from moesaic.errors import DataError
 from moesaic.report import charts, text
 from moesaic.report.domains import domain_loss, domain_section
 from moesaic.report.figures import Data, loss_section, run_layer, section
 from moesaic.report.layers import load_section, panel_section
 from moesaic.report.runs import Run, read_run
+from moesaic.report.shell import assemble, write_page
 from moesaic.report.text import big, escape
 
 SAMPLE_CHARACTERS = 1500
@@ -38,18 +32,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     folder = Path(folder)
     runs, summary = read_folder(folder)
     out = Path(out) if out is not None else folder / "report.html"
-    page = render(runs, summary, title=folder.resolve().name)
-    with disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_name(f"{out.name}.incomplete-{os.getpid()}")
-        try:
-            with partial.open("wb") as file:
-                file.write(page.encode("utf-8"))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, out)
-        finally:
-            partial.unlink(missing_ok=True)
+    write_page(render(runs, summary, title=folder.resolve().name), out)
     return out
 
 
@@ -101,34 +84,9 @@ def render(runs: dict[str, Run], summary: dict[str, Any], title: str) -> str:
         parts.append(("samples", "Samples", samples))
     parts.append(("config", "Configuration", config_section(runs, summary)))
     parts.append(("glossary", "Glossary", glossary_section()))
-    nav = "".join(f'<a href="#{anchor}">{name}</a>' for anchor, name, _ in parts)
-    style, script = _asset("page.css"), _asset("page.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     name = escape(title if len(runs) > 1 else main.name or title)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
-        f"<title>{name} – moesaic report</title><style>{style}</style></head><body>"
-        f'<div class="bar"><div class="inner"><b class="brand">moesaic</b><nav aria-label="Sections">{nav}</nav>'
-        f'{layer_picker(sparse)}<button id="theme" type="button" aria-label="Colour theme: automatic">Theme: auto</button>'
-        f"</div></div><main>{hero(runs, summary, name)}{''.join(html for _, _, html in parts)}</main>"
-        f"<footer><p>Written by moesaic from {escape(', '.join(f'{r.folder.name}/metrics.jsonl' for r in runs.values()))}. "
-        "This page loads nothing from the network.</p></footer>"
-        '<div id="tip" role="status" hidden></div>'
-        f'<script type="application/json" id="data">{script_json(data)}</script><script>{script}</script></body></html>\n'
-    )
-
-
-def script_json(data: object) -> str:
-    """JSON that is safe inside <script>: no character in it can open a tag or end the element."""
-    dumped = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
-    return dumped.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _asset(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    sources = ", ".join(f"{r.folder.name}/metrics.jsonl" for r in runs.values())
+    return assemble(name, hero(runs, summary, name), parts, data, sources, layer_picker(sparse))
 
 
 def layer_picker(run: Run | None) -> str:

@@ -59,9 +59,40 @@ def small(steps: int = 1000) -> TrainConfig:
     )
 
 
+def compare(steps: int = 300) -> TrainConfig:
+    """The base of ``moesaic compare``: E=16, k=2, about a minute per run and core.
+
+    fp32, because a comparison should not measure how routers bear rounding, and kernels are not compiled for each new load.
+    """
+    return TrainConfig(
+        model=ModelConfig(
+            vocab_size=1024,
+            dim=96,
+            num_layers=4,
+            num_heads=4,
+            max_seq_len=128,
+            qk_norm=True,
+            hidden=256,
+            moe=MoEConfig(num_experts=16, k=2, hidden=128),
+        ),
+        data=DataConfig(sources=(STDLIB,), vocab_size=1024, stdlib_bytes=8_000_000),
+        optim=OptimConfig(lr=3e-3, schedule="wsd", decay_fraction=0.3),
+        steps=steps,
+        batch_size=16,
+        seq_len=128,
+        eval_every=25,
+        eval_rows=64,
+        checkpoint_every=100,
+        keep_last=2,
+        sample_tokens=0,
+        tensorboard=False,
+        dtype="fp32",
+    )
+
+
 def _dtype() -> Literal["fp32", "bf16"]:
     """bf16 activations where the machine multiplies them natively. The run's config.json records which it was."""
     return "bf16" if bf16_is_fast() else "fp32"
 
 
-RECIPES = {"quickstart": quickstart, "small": small}
+RECIPES = {"quickstart": quickstart, "small": small, "compare": compare}

@@ -19,6 +19,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,11 @@ def latest_snapshot(run_folder: str | os.PathLike[str]) -> Path | None:
 def best_snapshot(run_folder: str | os.PathLike[str]) -> Path | None:
     """The newest snapshot saved with ``is_best`` that verifies, or None; damaged ones are warned about."""
     return next(_verified(Path(run_folder) / "checkpoints", only_best=True), None)
+
+
+def newest_snapshots(run_folder: str | os.PathLike[str], count: int) -> list[Path]:
+    """The ``count`` newest snapshots that verify, newest first; damaged ones are warned about."""
+    return list(islice(_verified(Path(run_folder) / "checkpoints", only_best=False), count))
 
 
 def resolve_model_folder(path: str | os.PathLike[str]) -> Path:

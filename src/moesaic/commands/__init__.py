@@ -1,0 +1,1 @@
+"""Commands with a page of their own; ``cli.py`` names them all."""
