@@ -11,6 +11,7 @@ from torch import Tensor
 from moesaic.models.config import MoEConfig, RouterConfig
 from moesaic.plan import Gate, RoutingPlan, SoftPlan
 from moesaic.routing import Router, TokenContext, build_router
+from moesaic.routing.memory import MemoryRouter
 
 DIM = 16
 VOCAB = 32
@@ -44,7 +45,7 @@ class Case:
         return MoEConfig(**(moe | {"losses": {}, "router": router} | changes))
 
     def build(self, dtype: torch.dtype = torch.float64, training: bool = True) -> Router:
-        """The router, in training mode, with sharp weights and random selection biases."""
+        """The router, in training mode, with sharp weights, random selection biases and a memory of random entries."""
         router = build_router(self.name, DIM, self.experts, self.k, self.options, self.special).to(dtype)
         with torch.no_grad():
             for tensor in router.parameters():
@@ -52,6 +53,9 @@ class Case:
                     tensor.normal_(std=self.sharp)
         if getattr(router, "choice_bias_E", None) is not None:
             router.get_buffer("choice_bias_E").normal_(std=0.3)
+        if isinstance(router, MemoryRouter):
+            tenant_T = torch.arange(40) % router.tenants
+            router.remember(torch.randn(40, DIM), torch.randn(40, self.experts).mul(3).softmax(dim=1), tenant_T)
         return router.train(training)
 
 
@@ -143,6 +147,8 @@ CASES = [
     Case("product_keys", {"heads": 2, "key_dim": 8, "shared_keys": False}, k=6, experts=16),
     Case("product_keys", {"heads": 2, "key_dim": 8, "query_norm": "batch"}, k=4, experts=16),
     Case("product_keys", {"key_dim": 8, "query_norm": "none"}, experts=16),
+    Case("memory", {"threshold": -1.0}),
+    Case("memory", {"capacity": 16, "tenants": 2, "neighbors": 3, "threshold": 0.2, "beta": 2.0}, k=1),
 ]
 
 

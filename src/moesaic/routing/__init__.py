@@ -15,8 +15,9 @@ from moesaic.routing.estimators import GumbelSoftmax, Reinforce, StraightThrough
 from moesaic.routing.facts import Cost, Facts
 from moesaic.routing.fixed import RandomRouter, RoundRobin
 from moesaic.routing.gate import LinearGate, Outcome, Router, StepStats, TextStatistics
-from moesaic.routing.hierarchical import Hierarchical
 from moesaic.routing.hashing import Hash
+from moesaic.routing.hierarchical import Hierarchical
+from moesaic.routing.memory import MemoryRouter
 from moesaic.routing.noisy import NoisyTopK
 from moesaic.routing.options import check_options, options_of
 from moesaic.routing.product_keys import ProductKeys
@@ -27,8 +28,8 @@ from moesaic.routing.rules import Rule, RuleCounts, RuleSet
 from moesaic.routing.segment import Segment
 from moesaic.routing.soft import DenseSoft, SoftMoE
 from moesaic.routing.sparsemixer import SparseMixer, SparseMixerV2
-from moesaic.routing.task import Constant, Demix, Sentence, Task
 from moesaic.routing.special_choice import MoEPlusPlus, NullExperts
+from moesaic.routing.task import Constant, Demix, Sentence, Task
 from moesaic.routing.token_choice import GShardTop2, Switch, TopK
 from moesaic.routing.tree import Tree
 
@@ -67,6 +68,7 @@ ROUTERS: dict[str, type[Router]] = {
     "hierarchical": Hierarchical,
     "tree": Tree,
     "product_keys": ProductKeys,
+    "memory": MemoryRouter,
 }
 
 

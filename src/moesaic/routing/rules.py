@@ -211,7 +211,7 @@ class RuleSet:
         if allowed_TE is None:
             return ctx
         if training:
-            ctx = replace(ctx, evidence={"rules_TE": allowed_TE})
+            ctx = replace(ctx, evidence={**(ctx.evidence or {}), "rules_TE": allowed_TE})
             if self.in_training == "teach":
                 return ctx
         return replace(ctx, allowed_TE=allowed_TE if ctx.allowed_TE is None else allowed_TE & ctx.allowed_TE)
