@@ -34,7 +34,8 @@ class ParameterCount:
 def count_parameters(model: Decoder) -> ParameterCount:
     """Count ``model`` by part: embedding, head (0 if tied), attention, norm, feed-forward, router, experts, shared experts.
 
-    A token counts as using its router's k experts; zero-computation experts may make the true number smaller.
+    A token counts as using its router's k experts; zero-computation experts may make the true number smaller. Multi-head layers
+    use the same experts for every sub-token, and count them (under "experts") as often: active means FLOPs there.
     """
     parts = {"embedding": model.embedding.weight.numel(), "head": 0}
     if model.head.weight is not model.embedding.weight:
@@ -55,7 +56,10 @@ def count_parameters(model: Decoder) -> ParameterCount:
             continue
         add("router", _size(ffn.router))
         shared = 0 if ffn.shared is None else _size(ffn.shared)
-        add("experts", _size(ffn.experts), ffn.active_parameters() - _size(ffn.router) - shared)
+        rest = _size(ffn) - _size(ffn.router) - _size(ffn.experts) - shared
+        add("experts", _size(ffn.experts), ffn.active_parameters() - _size(ffn.router) - shared - rest)
+        if rest:
+            add("head projections", rest)
         if shared:
             add("shared experts", shared)
     for part in ("embedding", "head"):

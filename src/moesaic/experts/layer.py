@@ -11,19 +11,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from moesaic.errors import ConfigError
+from moesaic.errors import ConfigError, one_of
 from moesaic.experts.dispatch import Dispatcher, dispatch_local
+from moesaic.experts.neurons import ExpertKind, NeuronExperts
 from moesaic.experts.special import SharedExperts, WithSpecialExperts
 from moesaic.experts.stacked import StackedExperts
 from moesaic.nn.mlp import Activation
 from moesaic.ops.grouped import Backend
 from moesaic.plan.capacity import CapacityRule
 from moesaic.plan.edit import restrict
+from moesaic.plan.lift import lift, lower
 from moesaic.plan.plan import RoutingPlan, SoftPlan
 from moesaic.routing import NO_CONTEXT, Router, RuleSet, StepStats, TokenContext, build_router
 
@@ -42,6 +44,7 @@ class MoE(nn.Module):
         zero, copy, constant: zero-computation experts, added after the feed-forward ones; the router sees them all.
         capacity: drop rows over capacity by this rule; None is dropless.
         backend: of the grouped products.
+        expert_kind: "ffn", or "neuron": single neurons for layers of very many experts (``hidden`` must be 1; never gated).
         rules: which tokens may use which experts.
 
     Attributes:
@@ -68,6 +71,7 @@ class MoE(nn.Module):
         gated: bool = True,
         capacity: CapacityRule | None = None,
         backend: Backend = "auto",
+        expert_kind: ExpertKind = "ffn",
         rules: RuleSet | None = None,
     ) -> None:
         super().__init__()
@@ -75,6 +79,9 @@ class MoE(nn.Module):
             raise ConfigError(
                 f"A MoE layer needs positive widths and no negative counts; got dim={dim}, hidden={hidden}."
             )
+        one_of("expert_kind", expert_kind, get_args(ExpertKind))
+        if expert_kind == "neuron" and hidden != 1:
+            raise ConfigError(f'expert_kind="neuron" has experts of one hidden unit, so hidden must be 1, not {hidden}.')
         if shared_gate and not shared:
             raise ConfigError("shared_gate=True needs at least one shared expert; set shared=1.")
         self.dim = dim
@@ -85,7 +92,11 @@ class MoE(nn.Module):
         self.router = router
         if self.router.num_experts != total:
             raise ConfigError(f"The router serves {self.router.num_experts} experts, but the layer has {total}.")
-        stacked = StackedExperts(experts, dim, hidden, activation, gated, backend)
+        stacked: StackedExperts | NeuronExperts
+        if expert_kind == "neuron":
+            stacked = NeuronExperts(experts, dim, activation)
+        else:
+            stacked = StackedExperts(experts, dim, hidden, activation, gated, backend)
         self.experts = WithSpecialExperts(stacked, zero, copy, constant) if special else stacked
         self.shared = SharedExperts(shared, dim, hidden, activation, gated, shared_gate) if shared else None
         self.capacity = capacity
@@ -134,11 +145,16 @@ class MoE(nn.Module):
         if ctx.valid_T is not None:
             # Padding may hold anything; a NaN there would reach every gradient of the router and of shared experts as 0 * NaN.
             x_TD = torch.where(ctx.valid_T[:, None], x_TD, 0.0)
+        y_TD, plan = self.compute(x_TD, ctx)
+        return y_TD.view(x.shape), plan if ctx.part is None else lift(plan, ctx.part)
+
+    def compute(self, x_TD: Tensor, ctx: TokenContext) -> tuple[Tensor, RoutingPlan | SoftPlan]:
+        """Route and execute: what ``forward`` does once tokens are flat and padding is zero."""
         plan = self.route(x_TD, ctx)
         y_TD = self.dispatcher(x_TD, plan, self.experts)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
-        return y_TD.view(x.shape), plan
+        return y_TD, plan
 
     def route(self, x_TD: Tensor, ctx: TokenContext = NO_CONTEXT) -> RoutingPlan | SoftPlan:
         """The decision alone: router, capacity, edits. Made once per forward; recomputation never comes here.
@@ -156,7 +172,7 @@ class MoE(nn.Module):
         if self.capacity is not None and isinstance(plan, RoutingPlan):
             plan = self.capacity.apply(plan, self.training)
         for edit in self.edits:
-            plan = edit(plan)
+            plan = edit(plan) if ctx.part is None else lower(edit(lift(plan, ctx.part)), ctx.part)
         if self.edits and ctx.allowed_TE is not None:
             plan = restrict(plan, ctx.allowed_TE)  # an edit may return any plan, one that knows no rules included
         return plan

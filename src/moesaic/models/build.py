@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import nn
 
 from moesaic.errors import ConfigError
 from moesaic.experts.layer import MoE
+from moesaic.experts.multi_head import MultiHeadMoE
 from moesaic.models.block import Block
 from moesaic.models.config import ModelConfig, MoEConfig, RouterConfig, pick
 from moesaic.models.decoder import Decoder
@@ -74,7 +76,8 @@ def build_ffn(config: ModelConfig, layer: int) -> MLP | MoE:
     if moe is None or layer not in config.moe_layers:
         return MLP(config.dim, pick(config.hidden, layer), config.activation, config.gated)
     i = config.moe_layers.index(layer)
-    sparse = MoE(
+    kind = MoE if moe.heads == 1 else partial(MultiHeadMoE, heads=moe.heads)
+    sparse = kind(
         config.dim,
         pick(moe.hidden, i),
         pick(moe.num_experts, i),
@@ -90,6 +93,7 @@ def build_ffn(config: ModelConfig, layer: int) -> MLP | MoE:
         gated=config.gated,
         capacity=moe.capacity,
         backend=moe.backend,
+        expert_kind=moe.expert_kind,
         rules=moe.rules,
     )
     check_losses(moe.losses, sparse.router)

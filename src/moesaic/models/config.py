@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from moesaic.errors import ConfigError
+from moesaic.experts.neurons import ExpertKind
 from moesaic.nn.mlp import Activation
 from moesaic.nn.norm import NormKind
 from moesaic.ops.grouped import Backend
@@ -47,10 +48,13 @@ class MoEConfig:
         router: the router and its options.
         shared, shared_gate: shared experts of the same width; optionally scaled by a sigmoid per token.
         zero, copy, constant: zero-computation experts.
+        heads: sub-tokens each token is cut into, each routed by itself (multi-head MoE); 1 routes whole tokens.
         capacity: drop rule; None is dropless.
         losses: coefficients of balancing losses by name, see ``routing.LOSSES``.
         loss_scope: over what the Switch loss counts load.
         backend: of the grouped products.
+        expert_kind: "ffn", or "neuron": single neurons for layers of very many experts; ``hidden`` must be 1, and ``gated`` does
+            not apply to them.
         rules: which tokens may use which experts, in every sparse layer (``routing/rules.py``).
     """
 
@@ -65,10 +69,12 @@ class MoEConfig:
     zero: int = 0
     copy: int = 0
     constant: int = 0
+    heads: int = 1
     capacity: CapacityRule | None = None
     losses: dict[str, float] = field(default_factory=lambda: {"switch": 1e-2, "z": 1e-3})
     loss_scope: Scope = "micro_batch"
     backend: Backend = "auto"
+    expert_kind: ExpertKind = "ffn"
     rules: RuleSet | None = None
 
 
@@ -166,6 +172,11 @@ def _check_moe(config: ModelConfig, moe: MoEConfig) -> None:
     _at_least("model.moe.every", moe.every, 1)
     for name in ("dense_first", "shared", "zero", "copy", "constant"):
         _at_least(f"model.moe.{name}", getattr(moe, name), 0)
+    _at_least("model.moe.heads", moe.heads, 1)
+    if config.dim % moe.heads:
+        raise ConfigError(
+            f"model.moe.heads={moe.heads} must divide model.dim={config.dim}, so that every sub-token is equally wide."
+        )
     sparse = len(config.moe_layers)
     if not sparse:
         raise ConfigError(
@@ -180,6 +191,11 @@ def _check_moe(config: ModelConfig, moe: MoEConfig) -> None:
         if k > experts:
             raise ConfigError(
                 f"model.moe.k={k} is more than the {experts} experts of a layer; choose k between 1 and {experts}."
+            )
+        if moe.expert_kind == "neuron" and pick(moe.hidden, i) != 1:
+            raise ConfigError(
+                f'model.moe.expert_kind="neuron" has experts of one hidden unit, so model.moe.hidden must be 1, not '
+                f"{pick(moe.hidden, i)}."
             )
     if moe.shared_gate and not moe.shared:
         raise ConfigError("model.moe.shared_gate needs at least one shared expert; set model.moe.shared=1.")

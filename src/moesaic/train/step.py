@@ -110,8 +110,8 @@ def train_step(
         if moe is not None and plans and moe.losses:
             extra, values = _balance(plans, moe, reading, num_sequences=batch.ids_BS.shape[0])
             loss = loss + extra / len(batches)
-            for name, value in values.items():
-                reading.losses[name] = reading.losses.get(name, 0.0) + value / len(batches)
+            for name, mean in values.items():
+                reading.losses[name] = reading.losses.get(name, 0.0) + mean / len(batches)
         reading.loss += loss.item()
         loss.backward()  # type: ignore[no-untyped-call]
     parameters = [p for p in model.parameters() if p.grad is not None]
@@ -127,18 +127,24 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     _after_step(model, reading)
     for layer, sparse in model.moe_layers().items():
-        sparse.router.observe(plans[layer].detach(), Outcome(token_loss_T.detach(), len(plans)))
+        sparse.router.observe(plans[layer].detach(), _outcome(plans, layer, token_loss_T))
     return reading, plans
 
 
 def _own_losses(model: Decoder, plans: Plans, token_loss_T: Tensor) -> dict[str, Tensor]:
     """Losses that only the routers themselves have, by name, summed over layers."""
     sparse, totals = model.moe_layers(), dict[str, Tensor]()
-    outcome = Outcome(token_loss_T.detach(), len(plans))
     for layer, plan in plans.items():
+        outcome = _outcome(plans, layer, token_loss_T)
         for name, value in sparse[layer].router.own_losses(plan, outcome).items():
             totals[name] = totals[name] + value if name in totals else value
     return totals
+
+
+def _outcome(plans: Plans, layer: int, token_loss_T: Tensor) -> Outcome:
+    """What the forward led to, per token of the layer's plan: multi-head layers route several sub-tokens of each position."""
+    heads = plans[layer].num_tokens // max(len(token_loss_T), 1)
+    return Outcome(token_loss_T.detach().repeat_interleave(heads), len(plans))
 
 
 def _after_step(model: Decoder, reading: StepReading) -> None:
