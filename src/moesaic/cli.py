@@ -219,6 +219,8 @@ def generate(
     stop: Annotated[tuple[str, ...], arg(help="Stop before any of these strings.")] = (),
     seed: Annotated[int, arg(help="Seed of sampling.")] = 0,
     task: Annotated[int | None, _int("Task or domain, for models routed by it; -1 if unknown.", "none")] = None,
+    tenant: Annotated[int | None, _int("Whose prompts these are, for models with rules or memories.", "none")] = None,
+    metadata: Annotated[tuple[str, ...], arg(help="Further facts that rules ask for, as name=number.")] = (),
     json: Json = False,
 ) -> int:
     """Continue a text, streaming it to the terminal.
@@ -255,6 +257,8 @@ def generate(
         seed=seed,
         on_text=show if live else None,
         task=task,
+        tenant=tenant,
+        metadata=dict(map(_fact, metadata)),
     )
     if json:
         rows = [
@@ -272,6 +276,14 @@ def generate(
         f"[{generation.decode_tokens} tokens at {rate:.0f} tokens/s, {', '.join(generation.finish)}]", file=sys.stderr
     )
     return 0
+
+
+def _fact(text: str) -> tuple[str, int]:
+    name, _, number = text.partition("=")
+    try:
+        return name, int(number)
+    except ValueError:
+        raise ConfigError(f'--metadata needs name=number, for example minor=1, not "{text}".') from None
 
 
 def report(

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from moesaic.errors import ConfigError, DataError
 from moesaic.infer.domains import Mixture
+from moesaic.infer.row_facts import Fact
 from moesaic.infer.sampling import SamplingConfig
 from moesaic.infer.stop import StopScanner
 from moesaic.infer.token_loop import CausalModel, Finish, Generation, generate_ids
@@ -41,6 +42,8 @@ def generate(
     eos_ids: Sequence[int] | None = None,
     task: int | Sequence[int] | None = None,
     mixture: Mixture | None = None,
+    tenant: Fact | None = None,
+    metadata: Mapping[str, Fact] | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -57,7 +60,7 @@ def generate(
     stop: the text ends before the first of these strings. eos_ids: ends a row; the tokenizer's own by default.
     on_text(row, piece): receives the text as it becomes certain; the pieces joined are exactly the returned text, no
     piece holds half a character or a part of a stop string.
-    seed, max_new_tokens, task, mixture, warnings and errors as in ``generate_ids``.
+    seed, max_new_tokens, task, mixture, tenant, metadata, warnings and errors as in ``generate_ids``.
     """
     given = {
         "temperature": temperature,
@@ -81,6 +84,8 @@ def generate(
         eos_ids=eos_ids,
         task=task,
         mixture=mixture,
+        tenant=tenant,
+        metadata=metadata,
     )
     return texts[0] if isinstance(prompts, str) else texts
 
@@ -98,6 +103,8 @@ def generate_texts(
     eos_ids: Sequence[int] | None = None,
     task: int | Sequence[int] | None = None,
     mixture: Mixture | None = None,
+    tenant: Fact | None = None,
+    metadata: Mapping[str, Fact] | None = None,
 ) -> tuple[list[str], Generation]:
     """``generate`` for a list of prompts, with the ids, finish reasons and speed beside the texts.
 
@@ -140,6 +147,8 @@ def generate_texts(
         on_finish=on_finish,
         task=task,
         mixture=mixture,
+        tenant=tenant,
+        metadata=metadata,
     )
     return ["".join(row) for row in pieces], result
 

@@ -15,7 +15,7 @@ import hashlib
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from moesaic.errors import ConfigError
 from moesaic.infer.domains import Mixture, RowTasks, row_tasks
+from moesaic.infer.row_facts import Fact, RowFacts, row_facts
 from moesaic.infer.sampling import History, SamplingConfig, sample
 
 Finish = Literal["stop", "length", "eos"]
@@ -47,7 +48,7 @@ class CausalModel(Protocol):
     def new_cache(self, batch: int, max_len: int) -> Any: ...
     def modules(self) -> Iterator[nn.Module]: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
-    def __call__(self, ids_BS: Tensor, *, valid_BS: Tensor | None, cache: Any, **side_inputs: Tensor) -> Any: ...
+    def __call__(self, ids_BS: Tensor, *, valid_BS: Tensor | None, cache: Any, **side_inputs: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ def generate_ids(
     on_finish: Callable[[int, Finish], None] | None = None,
     task: int | Sequence[int] | None = None,
     mixture: Mixture | None = None,
+    tenant: Fact | None = None,
+    metadata: Mapping[str, Fact] | None = None,
 ) -> Generation:
     """Continue every prompt (token ids, none empty) by up to ``max_new_tokens``.
 
@@ -98,6 +101,7 @@ def generate_ids(
     on_finish(row, reason) follows a row's last token. Exceptions they raise end the call.
     task, mixture: for models routed by task or domain: its number, or weights over all of them; one for all prompts or one
     each. Every token of the prompt and of the continuation counts as of that task.
+    tenant, metadata: numbers that routing rules and memories of the model ask for, by name; one for all prompts or one each.
 
     Warns when ``model.config.max_seq_len`` leaves room for fewer tokens than asked. Raises ``ConfigError`` when it
     leaves none, for an empty prompt, for ids the model does not know, and where a model routed by task is given none;
@@ -108,7 +112,7 @@ def generate_ids(
         raise ConfigError(f"generate needs a decoder with a key-value cache, but {type(model).__name__} has none.")
     room = _room(prompts, max_new_tokens, model.config)
     streams = _random_streams(prompts, seed)
-    tasks = row_tasks(model, len(prompts), task, mixture)
+    side = (row_tasks(model, len(prompts), task, mixture), row_facts(len(prompts), tenant, metadata))
     new: list[list[int]] = [[] for _ in prompts]
     finish: dict[int, Finish] = {}
 
@@ -132,7 +136,7 @@ def generate_ids(
             batch = [prompts[row] for row in rows]
             generators = [streams[row] for row in rows]
             steps = max(room[row] for row in rows)
-            _run_batch(model, rows, batch, tasks, steps, sampling, generators, pad_id, banned_ids, take, clock)
+            _run_batch(model, rows, batch, side, steps, sampling, generators, pad_id, banned_ids, take, clock)
     return Generation(
         ids=tuple(tuple(row) for row in new),
         finish=tuple(finish[row] for row in range(len(prompts))),
@@ -156,7 +160,7 @@ def _run_batch(
     model: CausalModel,
     rows: list[int],
     prompts: list[Sequence[int]],
-    tasks: RowTasks,
+    side: tuple[RowTasks, RowFacts],
     steps: int,
     sampling: SamplingConfig,
     generators: list[torch.Generator],
@@ -182,7 +186,8 @@ def _run_batch(
     begin, end = 0, width
     while True:
         fed_BS, fed_valid_BS = ids_BS[:, begin:end].to(device), valid_BS[:, begin:end].to(device)
-        output = model(fed_BS, valid_BS=fed_valid_BS, cache=cache, **tasks.inputs(rows, end - begin, device))
+        inputs = {name: fact for facts in side for name, fact in facts.inputs(rows, end - begin, device).items()}
+        output = model(fed_BS, valid_BS=fed_valid_BS, cache=cache, **inputs)
         cache = output.cache
         logits_BV = output.logits[:, -1].to(sampler, torch.float32, copy=True)
         logits_BV[:, banned] = -torch.inf

@@ -146,6 +146,11 @@ class RuleSet:
                     'another fallback_expert or on_none="nowhere".'
                 )
 
+    @property
+    def fields(self) -> set[str]:
+        """What the rules ask about every token."""
+        return {name for rule in self.rules for name in rule.when}
+
     def label(self, index: int) -> str:
         """What messages and counts call a rule: its place, from 1, and its name."""
         name = self.rules[index].name

@@ -366,11 +366,16 @@ class _Run:
             temperature=0.8,
             top_p=0.95,
             seed=self.config.seed,
-            task=0 if routers_by_task(self.model) else None,  # of the first domain
+            task=0 if self._asks_for_tasks() else None,  # of the first domain
         )
         # The file first: killed between the two, a resumed run finds no record and writes both again.
         atomic_file(self.folder / "sample.txt", text + "\n")
         log.write({"kind": "sample", "step": self.state.step, "prompt": "", "text": text})
+
+    def _asks_for_tasks(self) -> bool:
+        moe = self.config.model.moe
+        rules = moe.rules if moe is not None else None
+        return bool(routers_by_task(self.model)) or (rules is not None and "task" in rules.fields)
 
 
 def _due(every: int, step: int) -> bool:
