@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesaic.plan.plan import RoutingPlan
+from moesaic.plan.plan import RoutingPlan, at_least_fp32
 from moesaic.routing.context import NO_CONTEXT, TokenContext
 from moesaic.routing.facts import Cost, Facts
-from moesaic.routing.gate import Router, check_k, choose, router_dtype
+from moesaic.routing.gate import Router, check_k, choose
 
 
 class RandomRouter(Router):
@@ -57,7 +57,7 @@ class RandomRouter(Router):
         else:
             scores_TE = self._hashed(T, ctx, device)
         expert_TK = choose(scores_TE, self.k, ctx.allowed_TE)
-        return self.plan(expert_TK, _equal_weights(expert_TK), ctx)
+        return self.plan(expert_TK, _equal_weights(expert_TK, x_TD), ctx)
 
     @classmethod
     def cost(cls, T: int, D: int, E: int, k: int, **options: Any) -> Cost:
@@ -94,7 +94,7 @@ class RoundRobin(Router):
         position_T = ctx.positions(x_TD.shape[0], x_TD.device).reshape(-1)
         seat_TK = position_T[:, None] * self.k + torch.arange(self.k, device=x_TD.device)
         expert_TK = seat_TK % self.num_experts
-        return self.plan(expert_TK, _equal_weights(expert_TK), ctx)
+        return self.plan(expert_TK, _equal_weights(expert_TK, x_TD), ctx)
 
     @classmethod
     def cost(cls, T: int, D: int, E: int, k: int, **options: Any) -> Cost:
@@ -102,8 +102,9 @@ class RoundRobin(Router):
         return Cost(0, 0)
 
 
-def _equal_weights(expert_TK: Tensor) -> Tensor:
-    return torch.full(expert_TK.shape, 1 / expert_TK.shape[1], dtype=router_dtype(), device=expert_TK.device)
+def _equal_weights(expert_TK: Tensor, x_TD: Tensor) -> Tensor:
+    """1/K each, in fp32, or fp64 where the tokens are."""
+    return at_least_fp32(x_TD.new_full(expert_TK.shape, 1)) / expert_TK.shape[1]
 
 
 def _mix(word: Tensor) -> Tensor:

@@ -34,10 +34,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.errors import ConfigError, one_of
-from moesaic.plan.plan import RoutingPlan
+from moesaic.plan.plan import RoutingPlan, at_least_fp32
 from moesaic.routing.context import NO_CONTEXT, TokenContext
 from moesaic.routing.facts import Cost, Facts
-from moesaic.routing.gate import Router, TextStatistics, check_k, router_dtype
+from moesaic.routing.gate import Router, TextStatistics, check_k
 from moesaic.routing.tables import balanced_table, dispersed_table, fill_clusters, kmeans, token_embeddings
 
 Kind = Literal["random", "balanced", "bigram", "previous", "clustered", "dispersed", "future"]
@@ -109,7 +109,7 @@ class Hash(Router):
             expert_KT = (expert_KT + self.shift_KV[:, self._previous(ids_T, ctx)]) % self.segment
         first_K = torch.arange(self.k, device=ids_T.device) * self.segment
         expert_TK = expert_KT.T + first_K
-        return self.plan(expert_TK, torch.ones(expert_TK.shape, dtype=router_dtype(), device=ids_T.device), ctx)
+        return self.plan(expert_TK, at_least_fp32(x_TD.new_ones(expert_TK.shape)), ctx)
 
     @classmethod
     def cost(cls, T: int, D: int, E: int, k: int, **options: Any) -> Cost:

@@ -84,7 +84,7 @@ def kmeans(x_ND: Tensor, clusters: int, seed: int = 0, rounds: int = 50) -> tupl
         new_gap_N = (x_ND - x_ND[start]).square().sum(1)
         gap_N = torch.minimum(gap_N, new_gap_N) if c else new_gap_N
     label_N = torch.full((N,), -1)
-    for _ in range(rounds):
+    for _ in range(rounds if N else 0):
         distance_NC = torch.cdist(x_ND, centre_CD[:some])
         new_N = distance_NC.argmin(dim=1)
         size_C = torch.bincount(new_N, minlength=some)

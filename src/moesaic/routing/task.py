@@ -203,7 +203,8 @@ class Demix(Router):
         """Route (T, D) tokens by their domains; the vectors are not read."""
         task_T, mixture_TE = tasks_of(ctx, "demix", self.num_experts)
         if mixture_TE is None:
-            mixture_TE = torch.ones(len(task_T), self.num_experts, dtype=router_dtype(), device=task_T.device)
+            mixture_TE = x_TD.new_ones(len(task_T), self.num_experts)
+        mixture_TE = mixture_TE.to(torch.promote_types(x_TD.dtype, torch.float32))
         known_T1 = (task_T >= 0)[:, None]
         expert_TK = choose(mixture_TE, self.k, ctx.allowed_TE)
         weight_TK = mixture_TE.gather(1, expert_TK)
