@@ -63,9 +63,47 @@ def test_slots_in_evaluation() -> None:
     assert CapacityRule(eval_factor=None).apply(plan, training=False) is plan
 
 
+def test_slots_split_between_kinds_of_experts() -> None:
+    """12 tokens, 2 feed-forward and 2 zero-computation experts, tau 1/2: 0.5 * 2 + 2 = 3 units of 4 slots."""
+    rule = CapacityRule(factor=1.0, minimum=0, tau=0.5)
+    assert rule.split_slots(12, 1, 4, 2) == (2, 4)
+    assert rule.split_slots(12, 2, 4, 2) == (4, 8)
+    assert CapacityRule(factor=1.0, minimum=0, tau=0.5, count_k=False).split_slots(12, 2, 4, 2) == (2, 4)
+    assert CapacityRule(factor=1.0, minimum=0, tau=1.0).split_slots(12, 1, 4, 2) == (3, 3)  # as ``slots``
+    assert CapacityRule(tau=0.5).split_slots(12, 1, 4, 2, training=False) is None
+    plan = _one_choice([0] * 4 + [2] * 5 + [1] * 1 + [3] * 2, [1.0] * 12)
+    capped = rule.apply(plan, training=True, num_special=2)
+    assert capped.counts_E.tolist() == [2, 1, 4, 2]
+    assert capped.kept_N.nonzero().flatten().tolist() == [0, 1, 4, 5, 6, 7, 9, 10, 11]
+    assert not capped.weight_N[~capped.kept_N].any()
+    assert rule.apply(plan, training=False, num_special=2) is plan
+    # Without zero-computation experts it is the plain rule: 3 slots each.
+    assert rule.apply(plan, training=True).counts_E.tolist() == [3, 1, 3, 2]
+
+
+def test_split_slots_renormalise() -> None:
+    """Two rows of one token, one of them dropped: the other takes over its weight."""
+    plan = from_topk(torch.tensor([[0, 2], [0, 3]]), torch.tensor([[0.6, 0.3], [0.5, 0.4]]), 4)
+    rule = CapacityRule(factor=0.5, minimum=1, tau=0.5, renormalize=True)
+    assert rule.split_slots(2, 2, 4, 2) == (1, 1)
+    capped = rule.apply(plan, training=True, num_special=2)
+    assert capped.expert_TK.tolist() == [[0, 2], [4, 3]]
+    assert capped.weight_N.tolist() == pytest.approx([0.6, 0.3, 0.0, 0.9])
+
+
+def test_adaptive_routers_are_capped_by_the_experts_they_use() -> None:
+    """6 tokens own 4 rows each and use 1: at factor 1 an expert has ceil(6 / 4) = 2 slots, not 6."""
+    plan = from_topk(torch.tensor([[0, 4, 4, 4]] * 6), torch.ones(6, 4), 4)
+    rule = CapacityRule(factor=1.0, minimum=0)
+    assert rule.apply(plan, training=True).counts_E.tolist() == [6, 0, 0, 0]
+    assert rule.apply(plan, training=True, k=1).counts_E.tolist() == [2, 0, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
+        ({"tau": 0.0}, "capacity.tau must be above 0 and at most 1, not 0.0"),
+        ({"tau": 0.5, "overflow": "next_best"}, 'overflow="next_best" cannot move rows between them'),
         ({"factor": 0.0}, "capacity.factor must be above 0, not 0.0"),
         ({"factor": float("nan")}, "capacity.factor must be above 0"),
         ({"eval_factor": -1.0}, "capacity.eval_factor must be above 0"),

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import ConfigError
+from moesaic.experts import MoE
+from moesaic.plan import CapacityRule
 from moesaic.routing import Outcome, TokenContext
 from moesaic.routing.adaptive import AdaptiveRouter, Budget, TopP
 
@@ -93,6 +95,13 @@ def test_top_p_entropy_has_a_finite_gradient_where_rules_forbid_experts() -> Non
     assert router.gate.weight.grad.isfinite().all()
     assert not set(_used(plan)[0]) & {1, 3}
     assert _used(plan)[1] == []
+
+
+def test_capacity_counts_the_experts_aimed_at() -> None:
+    """12 tokens of 4 rows each, all sure of expert 1, k = 2: ceil(12 * 2 / 4) = 6 slots and not 12."""
+    layer = MoE(4, 6, 4, 2, "top_p", capacity=CapacityRule(1.0, minimum=0)).double()
+    assert isinstance(layer.router, TopP)
+    assert layer(_with_probabilities(layer.router, PROBS[:1] * 12))[1].counts_E.tolist() == [0, 6, 0, 0]
 
 
 def test_top_p_refusals() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moesaic.errors import ConfigError
 from moesaic.experts import MoE
-from moesaic.plan import Gate
+from moesaic.plan import CapacityRule, Gate
 from moesaic.routing import Outcome, TokenContext, build_router
 from moesaic.routing.special_choice import MoEPlusPlus, NullExperts
 
@@ -180,6 +180,17 @@ def test_heterogeneous_loss_is_least_where_special_experts_get_one_over_tau_time
     assert (p_E[-1] / p_E[0]).item() == pytest.approx(1 / tau, rel=1e-3)
     router = MoEPlusPlus(4, F + Z, k, num_special=Z, tau=tau)
     assert router.rows_per_token == pytest.approx(k * p_E[:F].sum().item(), rel=1e-3)
+
+
+def test_capacity_is_split_in_the_layer() -> None:
+    """12 tokens, k = 1, all of them sure of expert 0 or of special expert 2: 2 and 4 slots (tau 1/2 of 2 + 2 experts)."""
+    layer = MoE(4, 6, 2, 1, "moepp", zero=1, copy=1, capacity=CapacityRule(1.0, minimum=0, tau=0.5)).double()
+    assert isinstance(layer.router, MoEPlusPlus)
+    x_TD = _inputs(layer.router, [[0.7, 0.1, 0.1, 0.1]] * 6 + [[0.1, 0.1, 0.7, 0.1]] * 6)
+    assert layer(x_TD)[1].counts_E.tolist() == [2, 0, 4, 0]
+    assert layer.eval()(x_TD)[1].counts_E.tolist() == [6, 0, 6, 0]
+    with pytest.raises(ConfigError, match=r"capacity\.tau needs zero-computation experts"):
+        MoE(4, 6, 4, 1, "switch", capacity=CapacityRule(tau=0.5))
 
 
 def test_moepp_refusals() -> None:

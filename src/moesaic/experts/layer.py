@@ -84,8 +84,10 @@ class MoE(nn.Module):
             raise ConfigError(f'expert_kind="neuron" has experts of one hidden unit, so hidden must be 1, not {hidden}.')
         if shared_gate and not shared:
             raise ConfigError("shared_gate=True needs at least one shared expert; set shared=1.")
-        self.dim = dim
-        special = zero + copy + constant
+        if capacity is not None and capacity.tau is not None and not zero + copy + constant:
+            raise ConfigError("capacity.tau needs zero-computation experts to give room to; set zero, copy or constant.")
+        self.dim, self.num_special = dim, zero + copy + constant
+        special = self.num_special
         total = experts + special
         if not isinstance(router, Router):
             router = build_router(router, dim, total, k, router_options, special)
@@ -162,20 +164,26 @@ class MoE(nn.Module):
         Edits come last: capacity that reroutes must not undo a knockout, and a replayed plan is what was executed. Rules
         win over all of them.
         """
-        if self.rules is not None:
-            ctx = self.rules.apply(ctx, len(x_TD), self.router.num_experts, x_TD.device, self.training)
+        ctx = self.under_rules(ctx, len(x_TD), x_TD.device)
         plan: RoutingPlan | SoftPlan = self.router(x_TD, ctx)
         if ctx.evidence and plan.gate is not None:
             plan = replace(plan, gate=replace(plan.gate, extra={**plan.gate.extra, **ctx.evidence}))
         if ctx.allowed_TE is not None:
             plan = restrict(plan, ctx.allowed_TE)  # whatever the router made of the rules
         if self.capacity is not None and isinstance(plan, RoutingPlan):
-            plan = self.capacity.apply(plan, self.training)
+            k = self.router.k if self.router.facts.varies else None  # adaptive routers own more rows than they use
+            plan = self.capacity.apply(plan, self.training, k=k, num_special=self.num_special)
         for edit in self.edits:
             plan = edit(plan) if ctx.part is None else lower(edit(lift(plan, ctx.part)), ctx.part)
         if self.edits and ctx.allowed_TE is not None:
             plan = restrict(plan, ctx.allowed_TE)  # an edit may return any plan, one that knows no rules included
         return plan
+
+    def under_rules(self, ctx: TokenContext, num_tokens: int, device: torch.device) -> TokenContext:
+        """The context with what this layer's rules permit and prefer."""
+        if self.rules is None:
+            return ctx
+        return self.rules.apply(ctx, num_tokens, self.router.num_experts, device, self.training)
 
     def statistics(self, plan: RoutingPlan | SoftPlan) -> dict[str, Tensor]:
         """What ``after_step`` must know of this forward besides counts; adds up over micro-batches and ranks."""

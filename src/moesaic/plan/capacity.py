@@ -40,6 +40,8 @@ class CapacityRule:
         fallback_expert: the catch-all expert of ``overflow="fallback_expert"``.
         groups: routing groups of equal size (GShard); each group has its own slots.
         renormalize: rescale a token's surviving weights to their sum before the drop.
+        tau: slots of a feed-forward expert over those of a zero-computation one (MoE++: 0.75), see ``split_slots``; None
+            gives all experts the same.
     """
 
     factor: float = 1.25
@@ -53,6 +55,7 @@ class CapacityRule:
     fallback_expert: int | None = None
     groups: int = 1
     renormalize: bool = False
+    tau: float | None = None
 
     def __post_init__(self) -> None:
         one_of("capacity.rounding", self.rounding, get_args(Rounding))
@@ -68,8 +71,15 @@ class CapacityRule:
             )
         if (self.overflow == "fallback_expert") != (self.fallback_expert is not None):
             raise ConfigError('capacity.fallback_expert goes with overflow="fallback_expert": set both or neither.')
+        if self.tau is not None and not 0 < self.tau <= 1:
+            raise ConfigError(f"capacity.tau must be above 0 and at most 1, not {self.tau}; 0.75 is MoE++'s.")
+        if self.tau is not None and self.overflow not in ("residual", "shared"):
+            raise ConfigError(
+                f'capacity.tau gives kinds of experts unequal room, so overflow="{self.overflow}" cannot move rows between '
+                'them; use overflow="residual".'
+            )
 
-    def slots(self, num_tokens: int, k: int, num_experts: int, training: bool = True) -> int | None:
+    def slots(self, num_tokens: int, k: int, num_experts: float, training: bool = True) -> int | None:
         """C for one routing group of ``num_tokens`` tokens; None means no limit."""
         factor = self.factor if training else self.eval_factor
         if factor is None:
@@ -83,11 +93,34 @@ class CapacityRule:
         slots = -(-slots // self.multiple_of) * self.multiple_of
         return min(slots, num_tokens)
 
-    def apply(self, plan: RoutingPlan, training: bool) -> RoutingPlan:
-        """Drop what this rule does not let through. Padding neither takes slots nor counts towards T."""
+    def split_slots(
+        self, num_tokens: int, k: int, num_experts: int, num_special: int, training: bool = True
+    ) -> tuple[int, int] | None:
+        """C of a feed-forward and of a zero-computation expert (MoE++, Jin et al. 2025, eq. 8); None means no limit.
+
+        With F and Z of them: ``factor k T tau / (tau F + Z)`` and ``factor k T / (tau F + Z)``, rounded like ``slots``. (The
+        paper has no k: ``count_k=False``.)
+        """
+        tau = 1.0 if self.tau is None else self.tau
+        as_many = tau * (num_experts - num_special) + num_special  # experts, counted in zero-computation ones
+        true, special = (self.slots(num_tokens, k, e, training) for e in (as_many / tau, as_many))
+        return None if true is None or special is None else (true, special)
+
+    def apply(self, plan: RoutingPlan, training: bool, *, k: int | None = None, num_special: int = 0) -> RoutingPlan:
+        """Drop what this rule does not let through. Padding neither takes slots nor counts towards T.
+
+        Args:
+            k: experts a token uses on average; None is the rows it owns, of which adaptive routers leave many empty.
+            num_special: the last so many experts are zero-computation ones, to which ``tau`` gives more room.
+        """
         num_valid = plan.num_tokens if plan.valid_T is None else int(plan.valid_T.sum())
-        k = plan.per_token or max(1, round(plan.num_rows / max(plan.num_tokens, 1)))
-        slots = self.slots(math.ceil(num_valid / self.groups), k, plan.num_experts, training)
+        if k is None:
+            k = plan.per_token or max(1, round(plan.num_rows / max(plan.num_tokens, 1)))
+        group = math.ceil(num_valid / self.groups)
+        if self.tau is not None and num_special:
+            split = self.split_slots(group, k, plan.num_experts, num_special, training)
+            return plan if split is None else self._drop_by_kind(plan, split, plan.num_experts - num_special)
+        slots = self.slots(group, k, plan.num_experts, training)
         if slots is None:
             return plan
         return drop_over_capacity(
@@ -99,6 +132,12 @@ class CapacityRule:
             groups=self.groups,
             renormalize=self.renormalize,
         )
+
+    def _drop_by_kind(self, plan: RoutingPlan, slots: tuple[int, int], num_true: int) -> RoutingPlan:
+        # Dropped rows go nowhere, so no expert's queue depends on another's: each kind can be read off a drop of its own.
+        true, special = (drop_over_capacity(plan, c, priority=self.priority, groups=self.groups) for c in slots)
+        expert_N = torch.where(plan.expert_N < num_true, true.expert_N, special.expert_N)
+        return plan.send(expert_N, renormalized(plan, expert_N) if self.renormalize else None)
 
 
 def drop_over_capacity(

@@ -7,8 +7,8 @@
 | top_any, see ``dynmoe.py`` | every expert whose ``sigmoid(cosine)`` exceeds a trained ``sigmoid(G_e)`` | 1 / their number |
 
 Every token owns a fixed number of rows (``k_max``, or E), of which the unused stay empty; set ``k_max`` where E is large. ``k``
-is the average number of experts these routers are meant to use: comparisons at equal compute and parameter counts take it, the
-routing itself only where an option says so. Capacity counts the rows owned, so it drops later than for a fixed k.
+is the average number of experts these routers are meant to use: capacity, parameter counts and comparisons at equal compute
+take it, the routing itself only where an option says so.
 
 Legend: T tokens, D model width, E experts, K rows per token.
 """
