@@ -15,7 +15,7 @@ Legend: N rows, E experts, D model width.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from moesaic.errors import ConfigError, one_of
 from moesaic.nn.linear import init_fan_in_
 from moesaic.nn.mlp import ACTIVATIONS, Activation
 from moesaic.plan.plan import at_least_fp32
+
+
+ExpertKind = Literal["ffn", "neuron"]
 
 
 class NeuronExperts(nn.Module):
@@ -126,7 +129,8 @@ def _table_gradient(rows_ND: Tensor, row_N: Tensor, inside_N: Tensor, table_ED: 
     """The rows added up by expert: a zero-filled table, or a sparse tensor of the rows that reached one."""
     rows_ND = rows_ND.to(table_ED.dtype)
     if sparse:
-        return torch.sparse_coo_tensor(row_N[inside_N][None], rows_ND[inside_N], table_ED.shape)
+        index_1N = row_N[inside_N][None]
+        return torch.sparse_coo_tensor(index_1N, rows_ND[inside_N], table_ED.shape, check_invariants=False)
     total_ED = torch.zeros_like(table_ED)
     if table_ED.is_cuda:
         return total_ED.index_put_((row_N,), rows_ND, accumulate=True)  # sorts: the same sum in every run

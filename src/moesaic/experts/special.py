@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from moesaic.experts.neurons import NeuronExperts
 from moesaic.experts.stacked import StackedExperts
 from moesaic.nn.linear import Linear
 from moesaic.nn.mlp import MLP, Activation
@@ -21,7 +22,9 @@ class WithSpecialExperts(nn.Module):
     A constant expert gives ``a1 * x + a2 * v`` with a trained vector v and ``(a1, a2) = softmax(x W_c)``.
     """
 
-    def __init__(self, stacked: StackedExperts, zero: int = 0, copy: int = 0, constant: int = 0) -> None:
+    def __init__(
+        self, stacked: StackedExperts | NeuronExperts, zero: int = 0, copy: int = 0, constant: int = 0
+    ) -> None:
         super().__init__()
         self.stacked = stacked
         self.zero, self.copy, self.constant = zero, copy, constant

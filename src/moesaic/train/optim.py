@@ -72,7 +72,16 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over ``parameter_groups``; the fused kernel where every parameter's device has one."""
+    """AdamW over ``parameter_groups``; the fused kernel where every parameter's device has one.
+
+    Raises ``ConfigError`` for single-neuron experts built with sparse gradients, which AdamW cannot take.
+    """
+    for name, module in model.named_modules():
+        if getattr(module, "sparse_grad", False):
+            raise ConfigError(
+                f"{name or 'The model'} gives sparse gradients (sparse_grad=True), which AdamW and clipping cannot take; train "
+                "it in your own loop with torch.optim.SparseAdam, or set sparse_grad=False."
+            )
     groups = [group for group in parameter_groups(model, config.weight_decay) if group["params"]]
     betas = (config.betas[0], config.betas[1])
     fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
