@@ -53,7 +53,7 @@ def test_a_layer_called_by_itself_has_a_record_of_its_own(model: Decoder) -> Non
 
 def test_forwards_whose_first_sparse_layer_is_skipped_stay_apart(model: Decoder) -> None:
     block = model.blocks[1]
-    block.forward = lambda x_BSD, *_: (x_BSD, None)
+    block.forward = lambda x_BSD, *_: (x_BSD, None, None)
     with trace(model) as recorded, torch.no_grad():
         model(IDS_BS)
         model(IDS_BS)

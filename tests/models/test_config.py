@@ -11,7 +11,7 @@ import pytest
 from moesaic.config import from_dict, to_dict
 from moesaic.cost.count import count_parameters
 from moesaic.errors import ConfigError
-from moesaic.models import ModelConfig, MoEConfig, RouterConfig, build_model, dense_twin
+from moesaic.models import DepthConfig, ModelConfig, MoEConfig, RouterConfig, build_model, dense_twin
 from moesaic.models.config import pick
 from moesaic.plan.capacity import CapacityRule
 from moesaic.routing import Rule, RuleSet
@@ -53,6 +53,9 @@ FULL = ModelConfig(
         loss_scope="global_batch",
         backend="loop",
         rules=RuleSet((Rule(when={"task": ((0, 3), 7)}, forbid=(1,)), Rule(allow=(0,), weight=0.5)), on_none="refuse"),
+    ),
+    depth=DepthConfig(
+        capacity=0.5, every=3, first=1, options={"weight": "sigmoid", "predictor_hidden": 8}, allow_leak=True
     ),
 )
 

@@ -47,7 +47,10 @@ def count_parameters(model: Decoder) -> ParameterCount:
         parts[part] = parts.get(part, 0) + count
         active[part] = active.get(part, 0) + (count if used is None else used)
 
-    for block in model.blocks:
+    depth = model.depth_routers()
+    for layer, block in enumerate(model.blocks):
+        if layer in depth:
+            add("depth router", _size(depth[layer]))
         add("norm", _size(block.norm1) + _size(block.norm2))  # type: ignore[arg-type]
         add("attention", _size(block.attention))  # type: ignore[arg-type]
         ffn = block.ffn

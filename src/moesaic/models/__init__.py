@@ -1,9 +1,9 @@
 """Models: config, blocks, the decoder, and the builder."""
 
 from moesaic.models.build import build_model
-from moesaic.models.config import ModelConfig, MoEConfig, RouterConfig
+from moesaic.models.config import DepthConfig, ModelConfig, MoEConfig, RouterConfig
 from moesaic.models.decoder import Decoder
 from moesaic.models.output import Output
 from moesaic.models.twin import dense_twin
 
-__all__ = ["Decoder", "MoEConfig", "ModelConfig", "Output", "RouterConfig", "build_model", "dense_twin"]
+__all__ = ["Decoder", "DepthConfig", "MoEConfig", "ModelConfig", "Output", "RouterConfig", "build_model", "dense_twin"]

@@ -36,15 +36,17 @@ class Block(nn.Module):
 
     def forward(
         self, x_BSD: Tensor, attention: AttentionContext, tokens: TokenContext
-    ) -> tuple[Tensor, RoutingPlan | SoftPlan | None]:
-        """(B, S, D) to (B, S, D), and the plan of a sparse block (None for a dense one)."""
+    ) -> tuple[Tensor, RoutingPlan | SoftPlan | None, RoutingPlan | None]:
+        """(B, S, D) to (B, S, D), the plan of a sparse block (None for a dense one), and which tokens took the block (None: all
+        did; see ``models/depth.py``).
+        """
         if self.pre:
             x_BSD = x_BSD + self.attention(self.norm1(x_BSD), attention)
             y_BSD, plan = self._ffn(self.norm2(x_BSD), tokens)
-            return x_BSD + y_BSD, plan
+            return x_BSD + y_BSD, plan, None
         x_BSD = self.norm1(x_BSD + self.attention(x_BSD, attention))
         y_BSD, plan = self._ffn(x_BSD, tokens)
-        return self.norm2(x_BSD + y_BSD), plan
+        return self.norm2(x_BSD + y_BSD), plan, None
 
     def _ffn(self, x_BSD: Tensor, tokens: TokenContext) -> tuple[Tensor, RoutingPlan | SoftPlan | None]:
         if isinstance(self.ffn, MoE):

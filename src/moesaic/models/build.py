@@ -18,17 +18,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from moesaic.errors import ConfigError
+from moesaic.errors import ConfigError, nearest
 from moesaic.experts.layer import MoE
 from moesaic.experts.multi_head import MultiHeadMoE
 from moesaic.models.block import Block
-from moesaic.models.config import ModelConfig, MoEConfig, RouterConfig, pick
+from moesaic.models.config import DepthConfig, ModelConfig, MoEConfig, RouterConfig, pick
 from moesaic.models.decoder import Decoder
+from moesaic.models.depth import DepthBlock
 from moesaic.nn.attention import Attention
 from moesaic.nn.linear import Linear, init_fan_in_
 from moesaic.nn.mlp import MLP
 from moesaic.nn.norm import make_norm
 from moesaic.routing import ROUTERS, check_losses, router_options
+from moesaic.routing.depth import DEPTH_ROUTERS, DepthRouter
+from moesaic.routing.options import check_options, options_of
 
 
 def build_model(config: ModelConfig, seed: int | None = None, device: torch.device | str = "cpu") -> Decoder:
@@ -67,7 +70,28 @@ def _block(config: ModelConfig, layer: int) -> Block:
         eps=config.norm_eps,
     )
     norms = [make_norm(config.norm, config.dim, config.norm_eps) for _ in range(2)]
-    return Block(attention, build_ffn(config, layer), norms[0], norms[1], config.norm_placement)
+    parts = (attention, build_ffn(config, layer), norms[0], norms[1], config.norm_placement)
+    if config.depth is None or layer not in config.depth_layers:
+        return Block(*parts)
+    return DepthBlock(*parts, _depth_router(config.dim, config.depth))
+
+
+def _depth_router(dim: int, depth: DepthConfig) -> DepthRouter:
+    if depth.router not in DEPTH_ROUTERS:
+        raise ConfigError(
+            f'There is no depth router "{depth.router}".{nearest(depth.router, DEPTH_ROUTERS)} '
+            f"Known: {', '.join(DEPTH_ROUTERS)}."
+        )
+    cls = DEPTH_ROUTERS[depth.router]
+    check_options(f'Depth router "{depth.router}"', depth.options, options_of(cls, hidden=("capacity",)))
+    router = cls(dim, capacity=depth.capacity, **depth.options)
+    if not router.facts.causal and not depth.allow_leak:
+        raise ConfigError(
+            f'Depth router "{depth.router}" looks at later tokens in training, so a decoder trained with it cheats and cannot '
+            "generate the same way (a predictor stands in); leave model.depth null, or set model.depth.allow_leak=true if you "
+            "want that."
+        )
+    return router
 
 
 def build_ffn(config: ModelConfig, layer: int) -> MLP | MoE:

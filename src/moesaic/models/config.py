@@ -79,6 +79,26 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
+class DepthConfig:
+    """Mixture-of-Depths blocks, which compute only some tokens (``routing/depth.py``).
+
+    Attributes:
+        capacity: share of a sequence's tokens a block takes in training (the paper's is 0.125).
+        every, first: of the blocks from ``first`` on, every n-th is one (the n-th first; 1 = all). The paper's is every other.
+        router: a key of ``routing.depth.DEPTH_ROUTERS``.
+        options: further keyword arguments of that router.
+        allow_leak: build it in a causal decoder although training chooses tokens against later ones.
+    """
+
+    capacity: float = 0.125
+    every: int = 2
+    first: int = 0
+    router: str = "mixture_of_depths"
+    options: dict[str, Any] = field(default_factory=dict)
+    allow_leak: bool = False
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only Transformer, dense (``moe=None``) or sparse.
 
@@ -94,6 +114,7 @@ class ModelConfig:
         tie_embeddings: one matrix for embedding and head.
         init_scale: variance scale of the fan-in initialisation (Switch Transformer: 0.1).
         moe: sparse layers, or None.
+        depth: Mixture-of-Depths blocks, or None.
     """
 
     vocab_size: int
@@ -116,6 +137,7 @@ class ModelConfig:
     tie_embeddings: bool = True
     init_scale: float = 1.0
     moe: MoEConfig | None = None
+    depth: DepthConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "num_layers", "num_heads", "max_seq_len"):
@@ -137,6 +159,8 @@ class ModelConfig:
             _per_layer("model.sliding_window", self.sliding_window, self.num_layers, 0)
         if self.moe is not None:
             _check_moe(self, self.moe)
+        if self.depth is not None:
+            _check_depth(self, self.depth)
 
     @property
     def heads_dim(self) -> int:
@@ -154,6 +178,14 @@ class ModelConfig:
         if self.moe is None:
             return ()
         first, every = self.moe.dense_first, self.moe.every
+        return tuple(i for i in range(first, self.num_layers) if (i - first + 1) % every == 0)
+
+    @property
+    def depth_layers(self) -> tuple[int, ...]:
+        """Indices of the Mixture-of-Depths blocks."""
+        if self.depth is None:
+            return ()
+        first, every = self.depth.first, self.depth.every
         return tuple(i for i in range(first, self.num_layers) if (i - first + 1) % every == 0)
 
     def window(self, layer: int) -> int | None:
@@ -202,6 +234,20 @@ def _check_moe(config: ModelConfig, moe: MoEConfig) -> None:
     for name, coefficient in moe.losses.items():
         if not coefficient >= 0:
             raise ConfigError(f"model.moe.losses.{name} must be at least 0, not {coefficient}.")
+
+
+def _check_depth(config: ModelConfig, depth: DepthConfig) -> None:
+    _at_least("model.depth.every", depth.every, 1)
+    _at_least("model.depth.first", depth.first, 0)
+    if not 0 < depth.capacity <= 1:
+        raise ConfigError(
+            f"model.depth.capacity must be above 0 and at most 1, not {depth.capacity}; the paper's is 0.125."
+        )
+    if not config.depth_layers:
+        raise ConfigError(
+            f"No block is a Mixture-of-Depths one: {config.num_layers} layers with depth.first={depth.first} and "
+            f"depth.every={depth.every}; lower one of them, or leave depth out."
+        )
 
 
 def _at_least(name: str, value: int, least: int) -> None:

@@ -17,6 +17,7 @@ from moesaic.errors import MoesaicError
 from moesaic.experts.layer import MoE
 from moesaic.models.block import Block
 from moesaic.models.config import ModelConfig
+from moesaic.models.depth import DepthBlock
 from moesaic.models.output import Output
 from moesaic.nn.attention import AttentionContext, attention_mask
 from moesaic.nn.cache import KVCache
@@ -24,6 +25,7 @@ from moesaic.nn.linear import Linear
 from moesaic.nn.rope import rope_tables
 from moesaic.plan.plan import Gate, RoutingPlan, SoftPlan
 from moesaic.routing import TokenContext
+from moesaic.routing.depth import DepthRouter
 
 
 class Decoder(nn.Module):
@@ -100,13 +102,16 @@ class Decoder(nn.Module):
         )
         x_BSD = F.embedding(ids_BS, self.embedding.weight).to(self.compute_dtype or self.embedding.weight.dtype)
         plans: dict[int, RoutingPlan | SoftPlan] = {}
+        depth: dict[int, RoutingPlan] = {}
         previous: Gate | None = None
         for layer, block in enumerate(self.blocks):
             state = None if cache is None else cache.router_states.setdefault(layer, {})
-            x_BSD, plan = block(x_BSD, attention, replace(tokens, previous=previous, state=state))
+            x_BSD, plan, taken = block(x_BSD, attention, replace(tokens, previous=previous, state=state))
             if plan is not None:
                 plans[layer], previous = plan, plan.gate
-        return Output(self.head(self.norm(x_BSD)), plans, cache)
+            if taken is not None:
+                depth[layer] = taken
+        return Output(self.head(self.norm(x_BSD)), plans, cache, depth)
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
         """An empty key/value cache for ``batch`` rows of up to ``max_len`` positions, padding included."""
@@ -117,6 +122,10 @@ class Decoder(nn.Module):
     def moe_layers(self) -> dict[int, MoE]:
         """Sparse layers by block index."""
         return {i: block.ffn for i, block in enumerate(self.blocks) if isinstance(block.ffn, MoE)}  # type: ignore[misc]
+
+    def depth_routers(self) -> dict[int, DepthRouter]:
+        """Depth routers of Mixture-of-Depths blocks by block index."""
+        return {i: block.depth for i, block in enumerate(self.blocks) if isinstance(block, DepthBlock)}
 
     def _attention_context(
         self, position_BS: Tensor, valid_BS: Tensor | None, document_BS: Tensor | None, cache: KVCache | None

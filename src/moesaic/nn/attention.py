@@ -24,14 +24,14 @@ class AttentionContext:
     Attributes:
         cos, sin: rotary tables of the query positions, fp32 (B, 1, S, R).
         masks: window -> bool (B, 1, S, L), True = may attend; None needs no mask.
-        cache, place: the key/value cache and where this forward's keys go; or None.
+        cache, place: the key/value cache and where this forward's keys go (see ``KVCache.append``); or None.
     """
 
     cos: Tensor
     sin: Tensor
     masks: dict[int | None, Tensor | None]
     cache: KVCache | None = None
-    place: slice | None = None
+    place: slice | Tensor | None = None
 
 
 class Attention(nn.Module):

@@ -19,6 +19,8 @@ class KVCache:
         valid_BL: bool (B, max_len), False on padding.
         position_BL: int64 (B, max_len), rotary position of each held token.
         has_padding: whether any position was ever given as possible padding.
+        held: layer -> bool (B, max_len), the positions whose keys a layer holds where it skips some (Mixture-of-Depths); other
+            layers hold all, and are not listed.
         router_states: layer -> what its router remembers of earlier positions, by name (routers that look back).
     """
 
@@ -37,6 +39,7 @@ class KVCache:
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.valid_BL = torch.zeros(batch, max_len, dtype=torch.bool, device=device)
         self.position_BL = torch.zeros(batch, max_len, dtype=torch.int64, device=device)
+        self.held: dict[int, Tensor] = {}
         self.router_states: dict[int, dict[str, Tensor]] = {}
         self.length = 0
         self.max_len = max_len
@@ -64,8 +67,23 @@ class KVCache:
         self.length += S
         return place
 
-    def append(self, layer: int, place: slice, keys_BHSR: Tensor, values_BHSR: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one layer's new keys and values; returns all held so far, (B, H, length, R) each."""
-        self.keys[layer][:, :, place] = keys_BHSR
-        self.values[layer][:, :, place] = values_BHSR
+    def hold(self, layer: int, place: slice, chosen_BS: Tensor) -> Tensor:
+        """Note which of the new positions a layer takes; returns how many each row held before, int64 (B, 1)."""
+        held_BL = self.held.setdefault(layer, torch.zeros_like(self.valid_BL))
+        before_B1 = held_BL.sum(dim=1, keepdim=True)
+        held_BL[:, place] = chosen_BS
+        return before_B1
+
+    def append(
+        self, layer: int, place: slice | Tensor, keys_BHSR: Tensor, values_BHSR: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Store one layer's new keys and values; returns all held so far, (B, H, length, R) each.
+
+        ``place`` is what ``reserve`` returned, or the positions themselves, int64 (B, S), where a layer stores only some.
+        """
+        for store, new_BHSR in ((self.keys[layer], keys_BHSR), (self.values[layer], values_BHSR)):
+            if isinstance(place, slice):
+                store[:, :, place] = new_BHSR
+            else:
+                store.scatter_(2, place[:, None, :, None].expand(new_BHSR.shape), new_BHSR.to(store.dtype))
         return self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length]

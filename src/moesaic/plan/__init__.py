@@ -2,12 +2,14 @@
 
 from moesaic.plan.capacity import CapacityRule, drop_over_capacity
 from moesaic.plan.edit import force_balanced, mask_experts, mask_padding, replay, restrict
+from moesaic.plan.lift import Part, lift, lower
 from moesaic.plan.plan import Gate, RoutingPlan, SoftPlan, count_experts, from_rows, from_topk
 from moesaic.plan.store import TraceWriter, load_trace, save_trace
 
 __all__ = [
     "CapacityRule",
     "Gate",
+    "Part",
     "RoutingPlan",
     "SoftPlan",
     "TraceWriter",
@@ -16,7 +18,9 @@ __all__ = [
     "force_balanced",
     "from_rows",
     "from_topk",
+    "lift",
     "load_trace",
+    "lower",
     "mask_experts",
     "mask_padding",
     "replay",

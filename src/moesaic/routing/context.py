@@ -5,12 +5,14 @@ Legend: T tokens (B sequences of S), E experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moesaic.errors import ConfigError
+from moesaic.plan.lift import Part, lower_gate
 from moesaic.plan.plan import Gate
 
 
@@ -36,6 +38,8 @@ class TokenContext:
         generator: random numbers for noisy routers; None uses torch's global generator.
         stay_local: whether this batch's tokens keep to the experts of their own group (gating dropout); None lets each sparse
             layer draw for itself.
+        part: which tokens of the batch these are, where only some of them reach the layer (Mixture-of-Depths); None is all.
+            Plans leave the sparse layer in the batch's numbering.
         evidence: collects, during one call of a router, what losses want to know beyond scores (the sparse layer moves it to
             ``Gate.extra``): ``ruled`` puts the logits before rules there. None where nobody asked.
     """
@@ -55,6 +59,7 @@ class TokenContext:
     state: dict[str, Tensor] | None = None
     generator: torch.Generator | None = None
     stay_local: bool | None = None
+    part: Part | None = None
     evidence: dict[str, Tensor] | None = None
 
     def need(self, field: str, router: str) -> Tensor:
@@ -87,6 +92,17 @@ class TokenContext:
                 begins_BS.shape
             )  # padding before the first token has position 0 too
         return begins_BS.long().cumsum(dim=1)
+
+    def of(self, part: Part) -> TokenContext:
+        """What is known of some of the tokens; fields of one entry per token are told by their names (``_T``, ``_TE``)."""
+        picked: dict[str, Any] = {
+            f.name: getattr(self, f.name)[part.place_T]
+            for f in fields(self)
+            if f.name.endswith(("_T", "_TE")) and getattr(self, f.name) is not None
+        }
+        picked["metadata"] = {name: fact_T[part.place_T] for name, fact_T in self.metadata.items()}
+        picked["previous"] = None if self.previous is None else lower_gate(self.previous, part)
+        return replace(self, **picked, part=part)
 
 
 NO_CONTEXT = TokenContext()

@@ -7,7 +7,7 @@ layers, and load is one histogram per layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -48,6 +48,7 @@ class StepReading:
         lm_loss: nats per target token.
         losses: unweighted balancing losses, averaged over layers; the routers' own losses, weighted and summed over layers.
         grad_norm: global norm before clipping.
+        depth: readings of Mixture-of-Depths blocks, by layer.
     """
 
     loss: float = 0.0
@@ -56,6 +57,7 @@ class StepReading:
     grad_norm: float = 0.0
     targets: int = 0
     layers: dict[int, LayerReading] = field(default_factory=dict)
+    depth: dict[int, LayerReading] = field(default_factory=dict)
 
     def record(self) -> dict[str, object]:
         """The balance fields of a metrics record."""
@@ -69,6 +71,7 @@ class StepReading:
             "entropy": [r.entropy / t for r, t in zip(layers, tokens, strict=True)],
             "margin": [r.margin / t for r, t in zip(layers, tokens, strict=True)],
             "per_token": [r.computed / t for r, t in zip(layers, tokens, strict=True)],
+            **({"depth_share": [r.computed / max(r.tokens, 1.0) for r in self.depth.values()]} if self.depth else {}),
         }
 
 
@@ -102,9 +105,10 @@ def train_step(
         token_loss_T = lm_losses(output.logits, batch.targets_BS)
         loss = token_loss_T.sum() / max(reading.targets, 1)
         reading.lm_loss += loss.item()
-        _take_reading(reading, plans)
+        _take_reading(reading.layers, plans)
+        _take_reading(reading.depth, output.depth)
         _take_statistics(reading, model, plans)
-        for name, value in _own_losses(model, plans, token_loss_T).items():
+        for name, value in _own_losses(model, output, token_loss_T).items():
             loss = loss + value / len(batches)
             reading.losses[name] = reading.losses.get(name, 0.0) + value.item() / len(batches)
         if moe is not None and plans and moe.losses:
@@ -131,24 +135,26 @@ def train_step(
     return reading, plans
 
 
-def _own_losses(model: Decoder, plans: Plans, token_loss_T: Tensor) -> dict[str, Tensor]:
-    """Losses that only the routers themselves have, by name, summed over layers."""
-    sparse, totals = model.moe_layers(), dict[str, Tensor]()
-    for layer, plan in plans.items():
-        outcome = _outcome(plans, layer, token_loss_T)
-        for name, value in sparse[layer].router.own_losses(plan, outcome).items():
-            totals[name] = totals[name] + value if name in totals else value
+def _own_losses(model: Decoder, output: Output, token_loss_T: Tensor) -> dict[str, Tensor]:
+    """Losses that only the routers themselves have, those of depth included, by name, summed over layers."""
+    totals: dict[str, Tensor] = {}
+    inside = {layer: sparse.router for layer, sparse in model.moe_layers().items()}
+    for routers, plans in ((inside, output.plans), (model.depth_routers(), output.depth)):
+        for layer, plan in plans.items():
+            outcome = _outcome(plans, layer, token_loss_T)
+            for name, value in routers[layer].own_losses(plan, outcome).items():
+                totals[name] = totals[name] + value if name in totals else value
     return totals
 
 
-def _outcome(plans: Plans, layer: int, token_loss_T: Tensor) -> Outcome:
+def _outcome(plans: Mapping[int, RoutingPlan | SoftPlan], layer: int, token_loss_T: Tensor) -> Outcome:
     """What the forward led to, per token of the layer's plan: multi-head layers route several sub-tokens of each position."""
     heads = plans[layer].num_tokens // max(len(token_loss_T), 1)
     return Outcome(token_loss_T.detach().repeat_interleave(heads), len(plans))
 
 
 def _after_step(model: Decoder, reading: StepReading) -> None:
-    """Tell every sparse layer what the step did."""
+    """Tell every sparse layer and every depth router what the step did."""
     shares = [float(r.load_E.sum()) / max(r.tokens * len(r.load_E), 1.0) for r in reading.layers.values()]
     for layer, sparse in model.moe_layers().items():
         mine = reading.layers[layer]
@@ -161,6 +167,10 @@ def _after_step(model: Decoder, reading: StepReading) -> None:
             sums=mine.sums,
         )
         sparse.after_step(stats)
+    for layer, depth in model.depth_routers().items():
+        mine = reading.depth[layer]
+        share = float(mine.load_E.sum()) / max(mine.tokens, 1.0)
+        depth.after_step(StepStats(mine.load_E, int(mine.tokens), share, mean_token_loss=reading.lm_loss))
 
 
 def _balance(plans: Plans, moe: MoEConfig, reading: StepReading, num_sequences: int) -> tuple[Tensor, dict[str, float]]:
@@ -176,13 +186,11 @@ def _balance(plans: Plans, moe: MoEConfig, reading: StepReading, num_sequences: 
     return torch.stack(totals).mean(), values
 
 
-def _take_reading(reading: StepReading, plans: Plans) -> None:
+def _take_reading(readings: dict[int, LayerReading], plans: Mapping[int, RoutingPlan | SoftPlan]) -> None:
     for layer, plan in plans.items():
         load_E = read.load(plan)
         tokens = float(plan.num_tokens if plan.valid_T is None else plan.valid_T.sum())
-        if layer not in reading.layers:
-            reading.layers[layer] = LayerReading(torch.zeros_like(load_E))
-        mine = reading.layers[layer]
+        mine = readings.setdefault(layer, LayerReading(torch.zeros_like(load_E)))
         mine.load_E = mine.load_E + load_E
         mine.dropped += float(plan.dropped) if isinstance(plan, RoutingPlan) else 0.0
         mine.computed += float(plan.counts_E.sum())
