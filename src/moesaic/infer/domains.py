@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.errors import ConfigError
+from moesaic.infer.row_facts import Fact, one_each
 from moesaic.models.decoder import Decoder
 from moesaic.routing import Router
 
@@ -126,9 +127,7 @@ class RowTasks:
         return inputs
 
 
-def row_tasks(
-    model: HasModules, rows: int, task: int | Sequence[int] | None = None, mixture: Mixture | None = None
-) -> RowTasks:
+def row_tasks(model: HasModules, rows: int, task: Fact | None = None, mixture: Mixture | None = None) -> RowTasks:
     """Check what a caller said about the tasks of ``rows`` prompts: one for all, or one each.
 
     Raises ``ConfigError`` if the model routes by task and the caller gave none, and for what cannot be.
@@ -143,9 +142,7 @@ def row_tasks(
         return RowTasks()
     task_B = None
     if task is not None:
-        task_B = torch.full((rows,), task) if isinstance(task, int) else torch.tensor(list(task), dtype=torch.int64)
-        if task_B.shape != (rows,):
-            raise ConfigError(f"{rows} prompts need one task or as many tasks, but {len(task_B)} were given.")
+        task_B = one_each("task", rows, task)
         known = num_domains(routers) if routers else None
         if known is not None and rows and int(task_B.max()) >= known:
             raise ConfigError(f"There is no task {int(task_B.max())}: this model knows 0 to {known - 1}.")

@@ -42,11 +42,12 @@ class RowFacts:
 
 def row_facts(rows: int, tenant: Fact | None = None, metadata: Mapping[str, Fact] | None = None) -> RowFacts:
     """The facts of ``rows`` prompts. Raises ``ConfigError`` unless there is one whole number for all, or one each."""
-    facts = {name: _one_each(f"metadata {name}", rows, fact) for name, fact in (metadata or {}).items()}
-    return RowFacts(None if tenant is None else _one_each("tenant", rows, tenant), facts)
+    facts = {name: one_each(f"metadata {name}", rows, fact) for name, fact in (metadata or {}).items()}
+    return RowFacts(None if tenant is None else one_each("tenant", rows, tenant), facts)
 
 
-def _one_each(name: str, rows: int, fact: Fact) -> Tensor:
+def one_each(name: str, rows: int, fact: Fact) -> Tensor:
+    """int64 (rows,): one number for all, or one for each."""
     numbers = list(fact) if isinstance(fact, Sequence) else [fact] * rows
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, int):

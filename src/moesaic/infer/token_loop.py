@@ -89,7 +89,7 @@ def generate_ids(
     seed: int | Sequence[int] = 0,
     on_token: Callable[[int, int], bool | None] | None = None,
     on_finish: Callable[[int, Finish], None] | None = None,
-    task: int | Sequence[int] | None = None,
+    task: Fact | None = None,
     mixture: Mixture | None = None,
     tenant: Fact | None = None,
     metadata: Mapping[str, Fact] | None = None,
