@@ -104,11 +104,14 @@ class NoisyTopK(Router):
         return F.softplus(self.noise_gate(x_TD)) + self.noise_floor
 
     def _load(self, clean_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor) -> Tensor:
-        """P(expert stays among the top k if only its own noise were drawn again), (T, E)."""
+        """P(expert stays among the top k if only its own noise were drawn again), (T, E); 0 where rules forbid the expert."""
+        permitted_TE = clean_TE.isfinite()
+        # Forbidden experts stand at -inf, and 0 * inf in the gradient of the noise would be NaN.
+        clean_TE, noisy_TE = clean_TE.clamp(min=-1e4), noisy_TE.clamp(min=-1e4)
         top_TK1 = noisy_TE.topk(self.k + 1, dim=1).values
         kth_T1, next_T1 = top_TK1[:, self.k - 1, None], top_TK1[:, self.k, None]
-        if self.variant == "vmoe":
-            return torch.special.ndtr((clean_TE - kth_T1) / std_TE)
-        # The k-th largest of the others: the (k+1)-th overall for an expert that is in, the k-th for one that is out.
-        threshold_TE = torch.where(noisy_TE > next_T1, next_T1, kth_T1)
-        return torch.special.ndtr((clean_TE - threshold_TE) / std_TE)
+        threshold_TE = kth_T1
+        if self.variant == "shazeer":
+            # The k-th largest of the others: the (k+1)-th overall for an expert that is in, the k-th for one that is out.
+            threshold_TE = torch.where(noisy_TE > next_T1, next_T1, kth_T1)
+        return torch.where(permitted_TE, torch.special.ndtr((clean_TE - threshold_TE) / std_TE), 0.0)

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import ConfigError, one_of
-from moesaic.plan.plan import Gate, RoutingPlan
-from moesaic.routing.balance import bias_step
+from moesaic.plan.plan import Gate, RoutingPlan, SoftPlan
+from moesaic.routing.balance import BiasController, BiasRule, Gains
 from moesaic.routing.context import NO_CONTEXT, TokenContext
 from moesaic.routing.facts import Cost, Facts
 from moesaic.routing.gate import (
@@ -53,7 +53,11 @@ class TopK(Router):
         scale: factor on the weights (DeepSeek's ``routed_scaling_factor``).
         gate_bias: trained bias on the logits (gpt-oss).
         balance_bias: an untrained fp32 bias on the scores, used for choosing only, that ``after_step`` moves against load.
-        bias_rate, bias_rule: step of that bias and how it follows load ("sign": Wang et al. 2024; "proportional").
+        bias_rule, bias_rate: how that bias follows load and its step (None: the rule's own), see ``balance/bias.py``.
+        bias_p, bias_i, bias_d, bias_limit: gains of the "pid" rule, and the most its sum may contribute.
+        bias_bins: resolution of the "quantile" rule.
+        ffn_rows: LongCat's budget: the bias steers towards this many rows per token at feed-forward experts, shared equally,
+            and leaves zero-computation experts alone; None treats all experts alike.
         groups, groups_kept, group_score: choose only inside the best ``groups_kept`` of ``groups`` contiguous groups.
         init_std: of the gate's weights; 0 starts uniform.
 
@@ -74,8 +78,15 @@ class TopK(Router):
         scale: float = 1.0,
         gate_bias: bool = False,
         balance_bias: bool = False,
-        bias_rate: float = 1e-3,
-        bias_rule: Literal["sign", "proportional"] = "sign",
+        bias_rule: BiasRule = "sign",
+        bias_rate: float | None = None,
+        bias_p: float = 1.0,
+        bias_i: float = 1.0,
+        bias_d: float = 0.0,
+        bias_limit: float = 1.0,
+        bias_bins: int = 1000,
+        ffn_rows: float | None = None,
+        num_special: int = 0,
         groups: int = 1,
         groups_kept: int | None = None,
         group_score: Literal["max", "top2_sum"] = "max",
@@ -86,14 +97,9 @@ class TopK(Router):
         one_of("score", score, get_args(Score))
         one_of("normalize", normalize, get_args(Normalize))
         one_of("group_score", group_score, ("max", "top2_sum"))
-        one_of("bias_rule", bias_rule, ("sign", "proportional"))
         if not (scale > 0 and math.isfinite(scale)):
             raise ConfigError(
                 f"scale={scale} would leave the router without gradient or turn it round; it must be above 0."
-            )
-        if not bias_rate >= 0:
-            raise ConfigError(
-                f"bias_rate must be at least 0, not {bias_rate}: a negative one would unbalance the load."
             )
         if k == 1 and normalize != "none" and num_experts > 1:
             raise ConfigError(
@@ -114,10 +120,24 @@ class TopK(Router):
         self.num_experts, self.k = num_experts, k
         self.score, self.normalize, self.scale = score, normalize, scale
         self.groups, self.groups_kept, self.group_score = groups, groups_kept, group_score
-        self.bias_rate, self.bias_rule = bias_rate, bias_rule
         self.gate = LinearGate(dim, num_experts, bias=gate_bias, init_std=init_std)
         self.choice_bias_E: Tensor | None
         bias_E = torch.zeros(num_experts, dtype=router_dtype()) if balance_bias else None
+        controller = BiasController(
+            num_experts,
+            k,
+            bias_rule,
+            bias_rate,
+            target_E=_budget(num_experts, k, ffn_rows, num_special),
+            gains=Gains(bias_p, bias_i, bias_d, bias_limit),
+            bins=bias_bins,
+        )
+        if bias_rule == "quantile" and (score == "sqrt_softplus" or groups_kept < groups):
+            raise ConfigError(
+                'bias_rule="quantile" solves for scores between 0 and 1 in a free choice of experts, so it does not go with '
+                'score="sqrt_softplus" or groups; use "sign".'
+            )
+        self.controller = controller if balance_bias else None
         if normalize == "none" and score == "softmax":
             self.facts = replace(self.facts, teaches="all")  # every logit is in the softmax's denominator
         if balance_bias:
@@ -151,10 +171,30 @@ class TopK(Router):
         """The plain gate; its bias adds E parameters."""
         return Cost(2 * T * D * E, D * E + (E if options.get("gate_bias") else 0))
 
+    def statistics(self, plan: RoutingPlan | SoftPlan) -> dict[str, Tensor]:
+        """What the rule of the selection bias counts besides rows."""
+        if self.choice_bias_E is None or self.controller is None:
+            return {}
+        return self.controller.statistics(plan, self.choice_bias_E)
+
     def after_step(self, stats: StepStats) -> None:
         """Move the selection bias against load; nothing without ``balance_bias``."""
-        if self.choice_bias_E is not None and self.bias_rate:
-            self.choice_bias_E.copy_(bias_step(self.choice_bias_E, stats.counts_E, self.bias_rate, self.bias_rule))
+        if self.choice_bias_E is not None and self.controller is not None:
+            self.choice_bias_E.copy_(self.controller.step(self.choice_bias_E, stats))
+
+
+def _budget(num_experts: int, k: int, ffn_rows: float | None, num_special: int) -> Tensor | None:
+    """(E,) share of load each feed-forward expert should get, -1 for zero-computation experts, which are not steered."""
+    if ffn_rows is None:
+        return None
+    if not num_special:
+        raise ConfigError(
+            f"ffn_rows={ffn_rows} leaves the other rows to zero-computation experts, and this layer has none."
+        )
+    if not 0 < ffn_rows < k:
+        raise ConfigError(f"ffn_rows must be above 0 and below k={k}, not {ffn_rows}.")
+    ffn = num_experts - num_special
+    return torch.tensor([ffn_rows / k / ffn] * ffn + [-1.0] * num_special, dtype=torch.float64, device="cpu")
 
 
 class Switch(Router):
