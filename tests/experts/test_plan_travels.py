@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moesaic.experts import MoE
 from moesaic.plan import CapacityRule, RoutingPlan
-from moesaic.routing import TokenContext, balance_loss
+from moesaic.routing import Rule, RuleSet, TokenContext, balance_loss
 from tests.distributed import run_distributed
 
 LOSSES = {"switch": 0.3, "z": 0.1, "importance": 0.2}
@@ -25,6 +25,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("switch", {"jitter": 0.2}, {"zero": 1, "copy": 1, "constant": 1}),
     ("gshard", {}, {"capacity": CapacityRule(1.0, minimum=0)}),
     ("noisy_topk", {}, {"backend": "grouped_mm"}),
+    ("topk", {"normalize": "none"}, {"rules": RuleSet((Rule(forbid=(2,)), Rule(allow=(0,), weight=0.5)))}),
 ]
 Call = Callable[[Tensor, TokenContext], tuple[Tensor, RoutingPlan]]
 
@@ -99,6 +100,14 @@ def test_compiled_with_padding() -> None:
     layer, x_TD = _layer(*CASES[0]), torch.randn(10, 8)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     _assert_equal(_step(layer, compiled, x_TD, valid=True), _step(layer, layer, x_TD, valid=True), 1e-6)
+
+
+def test_compiled_with_rules_on_facts() -> None:
+    rules = RuleSet((Rule({"token": ((3, 5), 9)}, allow=(0,)), Rule({"tenant": (1,)}, forbid=(2,), weight=1.0)))
+    layer, x_TD = MoE(8, 4, 4, 2, rules=rules), torch.randn(12, 8)
+    ctx = TokenContext(ids_T=torch.arange(12), tenant_T=torch.arange(12) % 2)
+    _, plan = torch.compile(layer, fullgraph=True, backend="aot_eager")(x_TD, ctx)
+    assert torch.equal(plan.expert_N, layer.route(x_TD, ctx).expert_N)
 
 
 @pytest.mark.slow

@@ -79,6 +79,12 @@ class MultiHeadMoE(MoE):
         y_SR, plan = super().compute(self.split(x_TD).view(T * h, self.dim // h), sub_tokens(ctx, h))
         return self.merge(y_SR.view(T, self.dim)), plan
 
+    def under_rules(self, ctx: TokenContext, num_tokens: int, device: torch.device) -> TokenContext:
+        """As in ``MoE``; a rule on positions means those of tokens."""
+        position_T = None if ctx.position_T is None else ctx.position_T // self.heads
+        ruled = super().under_rules(replace(ctx, position_T=position_T), num_tokens, device)
+        return replace(ruled, position_T=ctx.position_T)
+
 
 def sub_tokens(ctx: TokenContext, heads: int) -> TokenContext:
     """What is known of the sub-tokens; fields that have one entry per token are told by their names (``..._T``, ``..._TE``)."""
