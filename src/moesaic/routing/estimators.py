@@ -151,16 +151,18 @@ class Reinforce(Router):
 
     Its gradient is an unbiased estimate of that of the mean expected loss wherever a token's routing acts on its own loss
     alone; what routing does to later tokens through attention gets no credit. The loss is one of the router's own, not
-    divided by the number of layers: every layer's policy answers for the whole loss. The draw of the first step has no
-    EMA baseline yet and is left out. Evaluation takes the k most probable experts.
+    divided by the number of layers: every layer's policy answers for the whole loss. The first step has no reward to compare
+    with and is left out. Evaluation takes the k most probable experts.
 
     Args:
-        baseline: "ema": running mean of the steps' mean reward; "learned": a linear head on the router's (detached) input,
-            taught by squared error, which costs D + 1 parameters.
+        baseline: "ema": the running mean of the steps' mean reward; "learned": that plus a linear head on the router's
+            (detached) input, taught by squared error, which costs D + 1 parameters.
         ema_decay: of the running mean (a plain mean until 1 / (1 - decay) steps have been seen).
         entropy_bonus: coefficient of the mean entropy of p, which is added to what is maximised.
+        value_weight: coefficient of the learned head's squared error. Nobody else reads that gradient, so an optimiser that
+            normalises it does not care; small, because it counts in the global norm that clipping looks at.
 
-    ``gate.extra`` in training: ``log_prob_T``, and with "learned" ``baseline_T``.
+    ``gate.extra`` in training: ``log_prob_T``, and with "learned" ``value_T``, the head's output.
     """
 
     facts = Facts(
@@ -181,6 +183,7 @@ class Reinforce(Router):
         baseline: Literal["ema", "learned"] = "ema",
         ema_decay: float = 0.99,
         entropy_bonus: float = 1e-2,
+        value_weight: float = 1e-2,
         init_std: float = 0.02,
     ) -> None:
         super().__init__()
@@ -190,8 +193,10 @@ class Reinforce(Router):
             raise ConfigError(f"ema_decay must be at least 0 and below 1, not {ema_decay}.")
         if not entropy_bonus >= 0:
             raise ConfigError(f"entropy_bonus must be at least 0, not {entropy_bonus}: a negative one is a collapse.")
+        if not value_weight > 0:
+            raise ConfigError(f"value_weight must be above 0, not {value_weight}: the head would never learn.")
         self.num_experts, self.k = num_experts, k
-        self.ema_decay, self.entropy_bonus = ema_decay, entropy_bonus
+        self.ema_decay, self.entropy_bonus, self.value_weight = ema_decay, entropy_bonus, value_weight
         self.gate = LinearGate(dim, num_experts, init_std=init_std)
         self.value = LinearGate(dim, 1, bias=True, init_std=0.0) if baseline == "learned" else None
         self.register_buffer("mean_reward", torch.zeros((), dtype=router_dtype()))
@@ -207,7 +212,7 @@ class Reinforce(Router):
         expert_TK = choose(logits_TE + gumbel_noise(logits_TE, ctx.generator), self.k, ctx.allowed_TE)
         extra = {"log_prob_T": log_prob_of_draw(logits_TE, expert_TK, ctx.allowed_TE)}
         if self.value is not None:
-            extra["baseline_T"] = self.value(x_TD.detach()).squeeze(1)
+            extra["value_T"] = self.value(x_TD.detach()).squeeze(1)
         return self.plan(expert_TK, self.weigh(gate, expert_TK), ctx, replace(gate, extra=extra))
 
     def weigh(self, gate: Gate, expert_TK: Tensor) -> Tensor:
@@ -230,14 +235,13 @@ class Reinforce(Router):
         target_T = reward_T != 0  # 0 where there is no target; a real loss of exactly 0 has nothing to teach
         if plan.valid_T is not None:
             target_T = target_T & plan.valid_T
-        log_prob_T, baseline_T = plan.gate.extra["log_prob_T"], plan.gate.extra.get("baseline_T")
+        advantage_T = (reward_T - self.mean_reward) * (self.steps_seen > 0)
         losses = {}
-        if baseline_T is None:
-            advantage_T = (reward_T - self.mean_reward) * (self.steps_seen > 0)
-        else:
-            advantage_T = reward_T - baseline_T.detach()
-            losses["value"] = _mean((reward_T - baseline_T).square(), target_T)
-        losses["policy"] = _mean(-advantage_T * log_prob_T, target_T)
+        if self.value is not None:
+            value_T = plan.gate.extra["value_T"]
+            losses["value"] = self.value_weight * _mean((advantage_T - value_T).square(), target_T)
+            advantage_T = advantage_T - value_T.detach()
+        losses["policy"] = _mean(-advantage_T * plan.gate.extra["log_prob_T"], target_T)
         if self.entropy_bonus:
             log_p_TE = plan.gate.logits_TE.log_softmax(dim=-1)
             # Rules put -inf on forbidden experts, and 0 * -inf is NaN.

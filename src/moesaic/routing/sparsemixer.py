@@ -142,7 +142,7 @@ def _draw(
         return first_T1, p_TE, torch.ones_like(best_T1)
     drawn_T1 = choose(near_TE + gumbel_noise(near_TE, ctx.generator), 1)
     coin_T1 = torch.empty_like(best_T1).uniform_(generator=ctx.generator)
-    c_T1 = torch.where((drawn_T1 != first_T1) & (coin_T1 < share), inner, 1.0).to(p_TE.dtype)
+    c_T1 = torch.ones_like(best_T1).masked_fill((drawn_T1 != first_T1) & (coin_T1 < share), inner)
     return drawn_T1, p_TE, c_T1
 
 
