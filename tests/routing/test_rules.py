@@ -21,6 +21,7 @@ from moesaic.errors import ConfigError
 from moesaic.experts import MoE, MultiHeadMoE
 from moesaic.experts import layer as layer_module
 from moesaic.models import MoEConfig, RouterConfig, build_model
+from moesaic.models.config import DepthConfig
 from moesaic.plan import CapacityRule, RoutingPlan, SoftPlan, force_balanced, from_topk, mask_experts, replay
 from moesaic.plan.capacity import Overflow, Priority
 from moesaic.routing import NO_CONTEXT, Router, Rule, RuleCounts, RuleSet, TokenContext, TopK
@@ -303,6 +304,17 @@ def test_sub_tokens_of_multi_head_layers_obey_the_rules_of_their_token() -> None
     assert used[0] == [0, 4]
     assert used[2] == used[3] == [1, 4]
     assert all(4 not in experts for experts in (used[1], used[4], used[5]))
+
+
+def test_rules_on_positions_mean_the_text_where_a_block_computes_a_part_of_it() -> None:
+    rules = RuleSet((Rule({"position": ((4, None),)}, allow=(1,)),))
+    config = tiny(MoEConfig(num_experts=4, k=2, hidden=8, losses={}, rules=rules))
+    config = replace(config, depth=DepthConfig(capacity=0.5, every=1, allow_leak=True))
+    plans = build_model(config, seed=0).train()(some_ids(3, 8)).plans
+    for plan in plans.values():
+        used = plan.expert_N.view(3, 8, 2)
+        assert set(used[:, 4:].flatten().tolist()) <= {1, 4}
+        assert not set(used[:, :4].flatten().tolist()) <= {1, 4}
 
 
 # ---- training --------------------------------------------------------------------------------------------------

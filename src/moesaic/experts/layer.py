@@ -164,7 +164,8 @@ class MoE(nn.Module):
         Edits come last: capacity that reroutes must not undo a knockout, and a replayed plan is what was executed. Rules
         win over all of them.
         """
-        ctx = self.under_rules(ctx, len(x_TD), x_TD.device)
+        if self.rules is not None:
+            ctx = self.rules.apply(ctx, len(x_TD), self.router.num_experts, x_TD.device, self.training)
         plan: RoutingPlan | SoftPlan = self.router(x_TD, ctx)
         if ctx.evidence and plan.gate is not None:
             plan = replace(plan, gate=replace(plan.gate, extra={**plan.gate.extra, **ctx.evidence}))
@@ -178,12 +179,6 @@ class MoE(nn.Module):
         if self.edits and ctx.allowed_TE is not None:
             plan = restrict(plan, ctx.allowed_TE)  # an edit may return any plan, one that knows no rules included
         return plan
-
-    def under_rules(self, ctx: TokenContext, num_tokens: int, device: torch.device) -> TokenContext:
-        """The context with what this layer's rules permit and prefer."""
-        if self.rules is None:
-            return ctx
-        return self.rules.apply(ctx, num_tokens, self.router.num_experts, device, self.training)
 
     def statistics(self, plan: RoutingPlan | SoftPlan) -> dict[str, Tensor]:
         """What ``after_step`` must know of this forward besides counts; adds up over micro-batches and ranks."""

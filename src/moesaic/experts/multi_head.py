@@ -79,12 +79,6 @@ class MultiHeadMoE(MoE):
         y_SR, plan = super().compute(self.split(x_TD).view(T * h, self.dim // h), sub_tokens(ctx, h))
         return self.merge(y_SR.view(T, self.dim)), plan
 
-    def under_rules(self, ctx: TokenContext, num_tokens: int, device: torch.device) -> TokenContext:
-        """As in ``MoE``; a rule on positions means those of tokens."""
-        position_T = None if ctx.position_T is None else ctx.position_T // self.heads
-        ruled = super().under_rules(replace(ctx, position_T=position_T), num_tokens, device)
-        return replace(ruled, position_T=ctx.position_T)
-
 
 def sub_tokens(ctx: TokenContext, heads: int) -> TokenContext:
     """What is known of the sub-tokens; fields that have one entry per token are told by their names (``..._T``, ``..._TE``)."""
@@ -95,8 +89,9 @@ def sub_tokens(ctx: TokenContext, heads: int) -> TokenContext:
         for f in fields(ctx)
         if f.name.endswith(("_T", "_TE")) and getattr(ctx, f.name) is not None
     }
-    if ctx.position_T is not None:
-        place_H = torch.arange(heads, device=ctx.position_T.device)
-        repeated["position_T"] = (ctx.position_T[:, None] * heads + place_H).flatten()
     metadata = {name: fact_T.repeat_interleave(heads, dim=0) for name, fact_T in ctx.metadata.items()}
-    return replace(ctx, **repeated, metadata=metadata)
+    inside = replace(ctx, **repeated, metadata=metadata)
+    if ctx.position_T is None:
+        return inside
+    place_H = torch.arange(heads, device=ctx.position_T.device)
+    return inside.renumbered((ctx.position_T[:, None] * heads + place_H).flatten())

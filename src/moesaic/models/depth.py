@@ -124,8 +124,8 @@ def _inside(tokens: TokenContext, index_BC: Tensor, chosen_BS: Tensor, earlier_B
     position_BS = before_BS - torch.where(begins_BS, before_BS, 0).cummax(dim=1).values
     position_BS = position_BS + torch.where(document_BS == 0, earlier_B1, 0)
     place_T = (index_BC + torch.arange(B, device=index_BC.device)[:, None] * S).flatten()
-    inside = tokens.of(Part(place_T, B * S))
-    return replace(inside, position_T=position_BS.gather(1, index_BC).flatten(), valid_T=chosen_BS.flatten()[place_T])
+    inside = tokens.of(Part(place_T, B * S)).renumbered(position_BS.gather(1, index_BC).flatten())
+    return replace(inside, valid_T=chosen_BS.flatten()[place_T])
 
 
 def _carry(

@@ -23,6 +23,7 @@ class TokenContext:
     Attributes:
         ids_T: int64 vocabulary ids.
         position_T: int64 position within the document (padding excluded); restarts where a new document begins.
+        own_position_T: the same, where a layer has renumbered ``position_T`` for its router (``renumbered``): what rules read.
         sequence_T: int64 row of the batch each token belongs to.
         num_sequences: B; None where the caller did not say (then all tokens are one sequence).
         valid_T: bool, False on padding; None when every token is real.
@@ -46,6 +47,7 @@ class TokenContext:
 
     ids_T: Tensor | None = None
     position_T: Tensor | None = None
+    own_position_T: Tensor | None = None
     sequence_T: Tensor | None = None
     num_sequences: int | None = None
     valid_T: Tensor | None = None
@@ -81,6 +83,11 @@ class TokenContext:
         if self.position_T is None:
             return torch.arange(S, device=device).expand(B, S)
         return self.position_T.view(B, S)
+
+    def renumbered(self, position_T: Tensor) -> TokenContext:
+        """Other positions for the router (sub-tokens, a part of the tokens), while rules keep to those of the text."""
+        own_T = self.position_T if self.own_position_T is None else self.own_position_T
+        return replace(self, position_T=position_T, own_position_T=own_T)
 
     def documents(self, num_tokens: int, device: torch.device) -> Tensor:
         """int64 (B, S): how many documents have begun in the row, this token's included; 0 continues what an earlier forward

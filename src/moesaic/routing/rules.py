@@ -267,6 +267,8 @@ class RuleSet:
 def _fact(ctx: TokenContext, name: str, num_tokens: int, label: str) -> Tensor:
     """int64 (T,) what a condition is about. Raises ``ConfigError`` if the context lacks it: no rule is ever skipped."""
     fact_T = getattr(ctx, FIELDS[name]) if name in FIELDS else ctx.metadata.get(name.removeprefix(_METADATA))
+    if name == "position" and ctx.own_position_T is not None:
+        fact_T = ctx.own_position_T
     if fact_T is None:
         hint = "" if name in FIELDS else nearest(name, [_METADATA + key for key in ctx.metadata])
         raise ConfigError(
