@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moesaic.errors import ConfigError
+from moesaic.routing import NO_CONTEXT
 from moesaic.routing.projected import Cosine, LowRank, cosine_scores
 
 
@@ -35,7 +36,7 @@ def test_low_rank_starts_with_the_logit_spread_of_the_plain_gate() -> None:
     stds = []
     for _ in range(20):
         router = LowRank(512, 64, 2, rank=16)
-        stds.append(router.logits(torch.randn(64, 512)).std().item())
+        stds.append(router.logits(torch.randn(64, 512), NO_CONTEXT)[0].std().item())
     mean = sum(stds) / 20
     error = (sum((s - mean) ** 2 for s in stds) / 19 / 20) ** 0.5
     assert mean == pytest.approx(0.02 * math.sqrt(512), abs=4 * error + 0.01)
@@ -90,19 +91,21 @@ def test_cosine_ignores_length_and_perturbed_cosine_does_not() -> None:
     torch.manual_seed(2)
     x_TD = torch.randn(5, 6, dtype=torch.float64)
     plain, perturbed = Cosine(6, 4, 2).double(), Cosine(6, 4, 2, perturb=0.5).double()
-    torch.testing.assert_close(plain.logits(x_TD), plain.logits(10 * x_TD), atol=1e-8, rtol=0)
-    assert (perturbed.logits(x_TD) - perturbed.logits(10 * x_TD)).abs().max() > 1e-3
+    torch.testing.assert_close(
+        plain.logits(x_TD, NO_CONTEXT)[0], plain.logits(10 * x_TD, NO_CONTEXT)[0], atol=1e-8, rtol=0
+    )
+    assert (perturbed.logits(x_TD, NO_CONTEXT)[0] - perturbed.logits(10 * x_TD, NO_CONTEXT)[0]).abs().max() > 1e-3
 
 
 def test_temperature_starts_at_a_half_and_is_capped_at_a_hundred() -> None:
     router = Cosine(6, 4, 2).double()
     x_TD = torch.randn(50, 6, dtype=torch.float64)
     assert router.log_scale.item() == pytest.approx(math.log(2))
-    assert router.logits(x_TD).abs().max() <= 2
-    cosine_TE = router.logits(x_TD) / 2
+    assert router.logits(x_TD, NO_CONTEXT)[0].abs().max() <= 2
+    cosine_TE = router.logits(x_TD, NO_CONTEXT)[0] / 2
     with torch.no_grad():
         router.log_scale.fill_(9.0)  # e^9 = 8103
-    torch.testing.assert_close(router.logits(x_TD), 100 * cosine_TE)
+    torch.testing.assert_close(router.logits(x_TD, NO_CONTEXT)[0], 100 * cosine_TE)
 
 
 def test_cosine_refusals() -> None:

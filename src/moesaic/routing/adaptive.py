@@ -24,7 +24,9 @@ from torch import Tensor
 
 from moesaic.errors import ConfigError
 from moesaic.plan.plan import Gate, RoutingPlan, SoftPlan
+from moesaic.routing.balance.context import mean_over
 from moesaic.routing.context import NO_CONTEXT, TokenContext
+from moesaic.routing.estimators import gumbel_noise, with_gradient_of
 from moesaic.routing.facts import Cost, Facts, linear_cost
 from moesaic.routing.gate import LinearGate, Outcome, Router, check_k, choose, ruled
 
@@ -50,16 +52,21 @@ class TopP(AdaptiveRouter):
     """The smallest set of experts that holds enough probability (Huang et al. 2024, "Harder Tasks Need More Experts").
 
     Sure of one expert, the token takes one; unsure, it takes more. At least one always. Since a flat distribution would take
-    all, the paper adds the mean entropy of p to the loss.
+    many, the paper adds the mean entropy of p to the loss (its dynamic loss; the balancing loss "entropy").
 
     Args:
         threshold: the probability mass to reach (0.4 in the paper's code).
         k_max: most experts per token; the prefix is cut there.
-        entropy: coefficient of the mean entropy in nats (the paper's dynamic loss; 1e-4 [from memory]).
         init_std: of the gate's weights.
     """
 
-    facts = Facts(experts="1..E", varies=True, teaches="all", losses={"switch": 1e-2}, source="Huang et al. 2024")
+    facts = Facts(
+        experts="1..E",
+        varies=True,
+        teaches="all",
+        losses={"switch": 1e-2, "entropy": 1e-4},  # both coefficients from memory
+        source="Huang et al. 2024",
+    )
 
     def __init__(
         self,
@@ -69,17 +76,14 @@ class TopP(AdaptiveRouter):
         *,
         threshold: float = 0.4,
         k_max: int | None = None,
-        entropy: float = 1e-4,
         init_std: float = 0.02,
     ) -> None:
         super().__init__(num_experts, k, k_max)
         if not 0 < threshold <= 1:
             raise ConfigError(f"threshold must be above 0 and at most 1, not {threshold}: it is a probability mass.")
-        if not entropy >= 0:
-            raise ConfigError(f"entropy must be at least 0, not {entropy}.")
         if k_max is not None:
             self.facts = replace(self.facts, experts=f"1..{k_max}", varies=k_max > 1)
-        self.threshold, self.entropy = threshold, entropy
+        self.threshold = threshold
         self.gate = LinearGate(dim, num_experts, init_std=init_std)
 
     def forward(self, x_TD: Tensor, ctx: TokenContext = NO_CONTEXT) -> RoutingPlan:
@@ -91,16 +95,6 @@ class TopP(AdaptiveRouter):
         mass_TK = weight_TK.detach().cumsum(dim=1)
         before_TK = F.pad(mass_TK[:, :-1], (1, 0))  # exactly 0 for the first, which is therefore always used
         return self.used(expert_TK, before_TK < self.threshold, weight_TK, ctx, gate)
-
-    def own_losses(self, plan: RoutingPlan | SoftPlan, outcome: Outcome) -> dict[str, Tensor]:
-        """The mean entropy of the gate."""
-        if not self.entropy:
-            return {}
-        assert plan.gate is not None
-        probs_TE = plan.gate.probs_TE
-        # Clamped inside the logarithm only: p of a forbidden expert is 0, and 0 * log 0 has no gradient.
-        entropy_T = -(probs_TE * probs_TE.clamp(min=1e-30).log()).sum(dim=1)
-        return {"top_p_entropy": self.entropy * masked_mean(entropy_T, plan.valid_T) / outcome.num_layers}
 
 
 class Budget(AdaptiveRouter):
@@ -166,14 +160,13 @@ class Budget(AdaptiveRouter):
         """Route (T, D) tokens; ``k_max`` rows each, the used first. ``gate.extra["count_T"]``: k_t with the soft gradient."""
         logits_TE = ruled(self.gate(x_TD), ctx)
         budget_TK = self.head_out(F.silu(self.head_in(x_TD)))
-        noisy_TK = budget_TK.detach()
+        drawn_TK = budget_TK
         if self.sample and self.training:
-            uniform_TK = torch.empty_like(noisy_TK).uniform_(generator=ctx.generator).clamp_(1e-20, 1 - 1e-7)
-            noisy_TK = noisy_TK - (-uniform_TK.log()).log()
-        use_TK = torch.arange(self.k_max, device=x_TD.device) <= choose(noisy_TK, 1)
+            drawn_TK = budget_TK + gumbel_noise(budget_TK, ctx.generator)
+        use_TK = torch.arange(self.k_max, device=x_TD.device) <= choose(drawn_TK, 1)
         # Column j: the soft probability of a budget of at least j + 1; the first is 1.
         soft_TK = budget_TK.softmax(dim=1).flip(1).cumsum(dim=1).flip(1)
-        step_TK = use_TK.to(soft_TK.dtype) + (soft_TK - soft_TK.detach())
+        step_TK = with_gradient_of(use_TK.to(soft_TK.dtype), soft_TK)
         gate = Gate(logits_TE, logits_TE.softmax(dim=-1), extra={"count_T": step_TK.sum(dim=1)})
         expert_TK = choose(gate.probs_TE, self.k_max, ctx.allowed_TE)
         return self.used(expert_TK, use_TK, gate.probs_TE.gather(1, expert_TK) * step_TK, ctx, gate)
@@ -188,18 +181,10 @@ class Budget(AdaptiveRouter):
     def own_losses(self, plan: RoutingPlan | SoftPlan, outcome: Outcome) -> dict[str, Tensor]:
         """What the experts used cost, or the square of the distance to the target."""
         assert plan.gate is not None
-        mean = masked_mean(plan.gate.extra["count_T"], plan.valid_T)
+        mean = mean_over(plan.gate.extra["count_T"], plan.valid_T)
         price = mean if self.target is None else (mean - self.target).square()
         return {"budget": self.cost_of_one * price / outcome.num_layers}
 
 
 def _largest_budget(num_experts: int, k: int, k_max: int | None) -> int:
     return min(2 * k, num_experts) if k_max is None else k_max
-
-
-def masked_mean(values: Tensor, valid_T: Tensor | None) -> Tensor:
-    """Mean over the first axis, (T, ...), of real tokens; 0 without any."""
-    if valid_T is None:
-        return values.sum(dim=0) / max(len(values), 1)
-    kept = torch.where(valid_T.view(-1, *[1] * (values.dim() - 1)), values, 0.0)
-    return kept.sum(dim=0) / valid_T.sum().clamp(min=1)

@@ -32,6 +32,7 @@ from moesaic.errors import ConfigError, one_of
 from moesaic.plan.plan import Gate, RoutingPlan, SoftPlan
 from moesaic.routing.adaptive import AdaptiveRouter
 from moesaic.routing.context import NO_CONTEXT, TokenContext
+from moesaic.routing.estimators import with_gradient_of
 from moesaic.routing.facts import Cost, Facts
 from moesaic.routing.gate import Outcome, StepStats, choose, router_dtype, ruled
 from moesaic.routing.projected import cosine_scores
@@ -137,7 +138,7 @@ class TopAny(AdaptiveRouter):
             first_K = torch.arange(self.k_max, device=x_TD.device) == 0
             use_TK = use_TK | (unserved_T[:, None] & first_K)
         over_TK = over_TE.gather(1, expert_TK)
-        step_TK = use_TK.to(over_TK.dtype) + torch.where(use_TK, over_TK - over_TK.detach(), 0.0)
+        step_TK = with_gradient_of(use_TK.to(over_TK.dtype), torch.where(use_TK, over_TK, 0.0))
         weight_TK = step_TK / use_TK.sum(dim=1, keepdim=True).clamp(min=1)
         extra = self._evidence(x_TD, unserved_T, ctx) if self.training else {}
         return self.used(expert_TK, use_TK, weight_TK, ctx, Gate(scores_TE, probs_TE, extra=extra))

@@ -20,21 +20,17 @@ Legend: T tokens, D model width, R width of the small space, E experts, K expert
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
-from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moesaic.errors import ConfigError, one_of
-from moesaic.plan.plan import Gate, RoutingPlan
-from moesaic.routing.context import NO_CONTEXT, TokenContext
+from moesaic.errors import ConfigError
+from moesaic.routing.context import TokenContext
+from moesaic.routing.contextual import ContextRouter, Weights
 from moesaic.routing.facts import Cost, Facts
-from moesaic.routing.gate import LinearGate, Router, check_k, choose, router_dtype, ruled
-
-ChosenWeights = Literal["none", "chosen"]
+from moesaic.routing.gate import LinearGate, router_dtype
 
 
 def cosine_scores(h_TR: Tensor, prototype_ER: Tensor, perturb: float = 0.0) -> Tensor:
@@ -48,50 +44,7 @@ def cosine_scores(h_TR: Tensor, prototype_ER: Tensor, perturb: float = 0.0) -> T
         return F.linear(unit(h_TR), unit(prototype_ER))
 
 
-def chosen_weights(probs_TE: Tensor, expert_TK: Tensor, normalize: ChosenWeights) -> Tensor:
-    """(T, K): the probabilities of the chosen experts, with "chosen" rescaled to sum to 1."""
-    weight_TK = probs_TE.gather(1, expert_TK)
-    return weight_TK if normalize == "none" else weight_TK / (weight_TK.sum(dim=-1, keepdim=True) + 1e-20)
-
-
-def check_learns(k: int, num_experts: int, normalize: ChosenWeights) -> None:
-    """Raises ``ConfigError`` for weights that would be 1 whatever the router says."""
-    one_of("normalize", normalize, get_args(ChosenWeights))
-    if k == 1 and normalize == "chosen" and num_experts > 1:
-        raise ConfigError(
-            'k=1 with normalize="chosen" makes every weight exactly 1, so the router gets no gradient; use normalize="none" or '
-            "k of at least 2."
-        )
-
-
-class _ScoredTopK(Router):
-    """Softmax of ``logits``, top k, weights as chosen."""
-
-    def __init__(self, num_experts: int, k: int, normalize: ChosenWeights) -> None:
-        super().__init__()
-        check_k(k, num_experts)
-        check_learns(k, num_experts, normalize)
-        self.num_experts, self.k, self.normalize = num_experts, k, normalize
-        if normalize == "none":
-            self.facts = replace(self.facts, teaches="all")  # every logit is in the softmax's denominator
-
-    @abstractmethod
-    def logits(self, x_TD: Tensor) -> Tensor:
-        """(T, E)."""
-
-    def forward(self, x_TD: Tensor, ctx: TokenContext = NO_CONTEXT) -> RoutingPlan:
-        """Route (T, D) tokens; K rows per token, best first."""
-        logits_TE = ruled(self.logits(x_TD), ctx)
-        gate = Gate(logits_TE, logits_TE.softmax(dim=-1))
-        expert_TK = choose(gate.probs_TE, self.k, ctx.allowed_TE)
-        return self.plan(expert_TK, self.weigh(gate, expert_TK), ctx, gate)
-
-    def weigh(self, gate: Gate, expert_TK: Tensor) -> Tensor:
-        """fp32 (T, K) weights of any choice of experts."""
-        return chosen_weights(gate.probs_TE, expert_TK, self.normalize)
-
-
-class LowRank(_ScoredTopK):
+class LowRank(ContextRouter):
     """A gate of rank R. Its logits start as spread as those of the plain gate (``init_std``).
 
     Args:
@@ -109,7 +62,7 @@ class LowRank(_ScoredTopK):
         k: int,
         *,
         rank: int = 8,
-        normalize: ChosenWeights = "chosen",
+        normalize: Weights = "chosen",
         init_std: float = 0.02,
     ) -> None:
         super().__init__(num_experts, k, normalize)
@@ -123,10 +76,9 @@ class LowRank(_ScoredTopK):
         self.down = LinearGate(dim, rank, init_std=dim**-0.5)
         self.up = LinearGate(rank, num_experts, init_std=init_std * math.sqrt(dim / rank))
 
-    def logits(self, x_TD: Tensor) -> Tensor:
+    def logits(self, x_TD: Tensor, ctx: TokenContext) -> tuple[Tensor, dict[str, Tensor]]:
         """(T, E)."""
-        logits_TE: Tensor = self.up(self.down(x_TD))
-        return logits_TE
+        return self.up(self.down(x_TD)), {}
 
     @classmethod
     def cost(cls, T: int, D: int, E: int, k: int, **options: Any) -> Cost:
@@ -135,7 +87,7 @@ class LowRank(_ScoredTopK):
         return Cost(2 * T * weights, weights)
 
 
-class Cosine(_ScoredTopK):
+class Cosine(ContextRouter):
     """Cosine similarity with one prototype per expert (Chi et al. 2022).
 
     Args:
@@ -158,7 +110,7 @@ class Cosine(_ScoredTopK):
         projection: int | None = None,
         init_temperature: float = 0.5,
         perturb: float = 0.0,
-        normalize: ChosenWeights = "chosen",
+        normalize: Weights = "chosen",
     ) -> None:
         super().__init__(num_experts, k, normalize)
         width = _width(num_experts, projection)
@@ -175,10 +127,10 @@ class Cosine(_ScoredTopK):
         self.prototype_ER = nn.Parameter(torch.empty(num_experts, width, dtype=router_dtype()).normal_(std=0.01))
         self.log_scale = nn.Parameter(torch.full((1,), -math.log(init_temperature), dtype=router_dtype()))
 
-    def logits(self, x_TD: Tensor) -> Tensor:
+    def logits(self, x_TD: Tensor, ctx: TokenContext) -> tuple[Tensor, dict[str, Tensor]]:
         """(T, E)."""
         cosine_TE = cosine_scores(self.project(x_TD), self.prototype_ER, self.perturb)
-        return cosine_TE * self.log_scale.clamp(max=self.MOST_LOG_SCALE).exp()
+        return cosine_TE * self.log_scale.clamp(max=self.MOST_LOG_SCALE).exp(), {}
 
     @classmethod
     def cost(cls, T: int, D: int, E: int, k: int, **options: Any) -> Cost:

@@ -24,7 +24,6 @@ Legend: T tokens, D model width, E experts, F of them feed-forward, Z zero-compu
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,31 +31,23 @@ from torch import Tensor
 
 from moesaic.errors import ConfigError
 from moesaic.plan.plan import Gate, RoutingPlan, SoftPlan
-from moesaic.routing.adaptive import masked_mean
+from moesaic.routing.balance.context import distribution
 from moesaic.routing.context import NO_CONTEXT, TokenContext
+from moesaic.routing.contextual import ContextRouter, Weights
 from moesaic.routing.facts import Cost, Facts
 from moesaic.routing.gate import LinearGate, Outcome, Router, check_k, choose, ruled
-from moesaic.routing.projected import ChosenWeights, check_learns, chosen_weights
 
 
-class _SpecialRouter(Router):
-    def __init__(self, name: str, num_experts: int, k: int, num_special: int) -> None:
-        super().__init__()
-        check_k(k, num_experts)
-        if not 1 <= num_special < num_experts:
-            raise ConfigError(
-                f'Router "{name}" chooses between feed-forward and zero-computation experts, but {num_special} of the '
-                f"{num_experts} experts are zero-computation ones; set moe.zero (or copy, constant) to at least 1."
-            )
-        self.num_experts, self.k, self.num_special = num_experts, k, num_special
-
-    @property
-    def num_true(self) -> int:
-        """F, the feed-forward experts."""
-        return self.num_experts - self.num_special
+def check_kinds(router: str, num_experts: int, num_special: int) -> None:
+    """Raises ``ConfigError`` unless there are experts of both kinds."""
+    if not 1 <= num_special < num_experts:
+        raise ConfigError(
+            f'Router "{router}" chooses between feed-forward and zero-computation experts, but {num_special} of the '
+            f"{num_experts} experts are zero-computation ones; set moe.zero (or copy, constant) to at least 1."
+        )
 
 
-class NullExperts(_SpecialRouter):
+class NullExperts(Router):
     """Top-k over true and null experts, renormalised over the true ones (AdaMoE).
 
     Null rows have weight 0, so whatever kind the special experts of the layer are, they add nothing; build it with
@@ -80,14 +71,17 @@ class NullExperts(_SpecialRouter):
         balance: float = 1e-2,
         init_std: float = 0.02,
     ) -> None:
-        super().__init__("null_experts", num_experts, k, num_special)
+        super().__init__()
+        check_k(k, num_experts)
+        check_kinds("null_experts", num_experts, num_special)
         if k == 1:
             raise ConfigError(
                 "k=1 makes the weight of a true expert exactly 1, so the router gets no gradient; null experts need k of at "
                 "least 2 (AdaMoE raises k by as much as null experts take away)."
             )
         _check_balance(balance)
-        self.balance = balance
+        self.num_experts, self.k, self.balance = num_experts, k, balance
+        self.num_true = num_experts - num_special
         self.gate = LinearGate(dim, num_experts, init_std=init_std)
 
     @property
@@ -111,13 +105,13 @@ class NullExperts(_SpecialRouter):
         """The Switch loss over true experts and the average null expert."""
         assert isinstance(plan, RoutingPlan)
         counts_E, mean_E = _load_and_mean(plan)
-        null_E = counts_E[self.num_true :].mean().expand(self.num_special)
+        null_E = counts_E[self.num_true :].mean().expand(self.num_experts - self.num_true)
         share_E = torch.cat([counts_E[: self.num_true], null_E]) / counts_E.sum().clamp(min=1)
         loss = self.num_experts * (share_E * mean_E).sum()
         return {"null_balance": self.balance * loss / outcome.num_layers}
 
 
-class MoEPlusPlus(_SpecialRouter):
+class MoEPlusPlus(ContextRouter):
     """Top-k with gating residuals and a loss that lets zero-computation experts take more.
 
     Args:
@@ -139,17 +133,15 @@ class MoEPlusPlus(_SpecialRouter):
         num_special: int = 0,
         tau: float = 0.75,
         balance: float = 1e-2,
-        normalize: ChosenWeights = "none",
+        normalize: Weights = "none",
         init_std: float = 0.02,
     ) -> None:
-        super().__init__("moepp", num_experts, k, num_special)
-        check_learns(k, num_experts, normalize)
+        super().__init__(num_experts, k, normalize)
+        check_kinds("moepp", num_experts, num_special)
         _check_balance(balance)
         if not 0 < tau <= 1:
             raise ConfigError(f"tau must be above 0 and at most 1, not {tau}.")
-        if normalize == "none":
-            self.facts = replace(self.facts, teaches="all")
-        self.tau, self.balance, self.normalize = tau, balance, normalize
+        self.tau, self.balance, self.num_true = tau, balance, num_experts - num_special
         self.gate = LinearGate(dim, num_experts, init_std=init_std)
         self.residual = LinearGate(num_experts, num_experts, init_std=init_std)
 
@@ -157,15 +149,12 @@ class MoEPlusPlus(_SpecialRouter):
     def rows_per_token(self) -> float:
         """k tau F / (tau F + Z): what the loss pushes towards."""
         weighted = self.tau * self.num_true
-        return self.k * weighted / (weighted + self.num_special)
+        return self.k * weighted / (weighted + self.num_experts - self.num_true)
 
-    def forward(self, x_TD: Tensor, ctx: TokenContext = NO_CONTEXT) -> RoutingPlan:
-        """Route (T, D) tokens; K rows each, best first."""
+    def logits(self, x_TD: Tensor, ctx: TokenContext) -> tuple[Tensor, dict[str, Tensor]]:
+        """(T, E)."""
         own_TE = self.gate(x_TD)
-        logits_TE = ruled(own_TE + self.residual(self._previous(own_TE, ctx)), ctx)
-        gate = Gate(logits_TE, logits_TE.softmax(dim=-1))
-        expert_TK = choose(gate.probs_TE, self.k, ctx.allowed_TE)
-        return self.plan(expert_TK, self.weigh(gate, expert_TK), ctx, gate)
+        return own_TE + self.residual(self._previous(own_TE, ctx)), {}
 
     def _previous(self, own_TE: Tensor, ctx: TokenContext) -> Tensor:
         if ctx.previous is None:
@@ -182,10 +171,6 @@ class MoEPlusPlus(_SpecialRouter):
     def cost(cls, T: int, D: int, E: int, k: int, **options: Any) -> Cost:
         """Two matrices, D E and E E."""
         return Cost(2 * T * E * (D + E), E * (D + E))
-
-    def weigh(self, gate: Gate, expert_TK: Tensor) -> Tensor:
-        """fp32 (T, K) weights of any choice of experts."""
-        return chosen_weights(gate.probs_TE, expert_TK, self.normalize)
 
     def own_losses(self, plan: RoutingPlan | SoftPlan, outcome: Outcome) -> dict[str, Tensor]:
         """The heterogeneous load-balance loss."""
@@ -205,6 +190,5 @@ def _check_balance(balance: float) -> None:
 
 def _load_and_mean(plan: RoutingPlan) -> tuple[Tensor, Tensor]:
     """(E,) rows chosen for each expert, and its mean probability over real tokens, which alone has a gradient."""
-    assert plan.gate is not None
-    probs_TE = plan.gate.probs_TE
-    return plan.choice_counts_E.to(probs_TE.dtype), masked_mean(probs_TE, plan.valid_T)
+    share_TE = distribution(plan)
+    return plan.choice_counts_E.to(share_TE.dtype), share_TE.sum(dim=0) / plan.num_valid.clamp(min=1)
