@@ -7,6 +7,7 @@ executed row against rules read by a second, plain implementation. Its own test 
 from __future__ import annotations
 
 import json
+import math
 import random
 from dataclasses import replace
 from functools import partial
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from moesaic.config import from_dict, to_dict
+from moesaic.data.packing import Batch
 from moesaic.errors import ConfigError
 from moesaic.experts import MoE, MultiHeadMoE
 from moesaic.experts import layer as layer_module
@@ -24,7 +26,8 @@ from moesaic.models import MoEConfig, RouterConfig, build_model
 from moesaic.models.config import DepthConfig
 from moesaic.plan import CapacityRule, RoutingPlan, SoftPlan, force_balanced, from_topk, mask_experts, replay
 from moesaic.plan.capacity import Overflow, Priority
-from moesaic.routing import NO_CONTEXT, Router, Rule, RuleCounts, RuleSet, TokenContext, TopK
+from moesaic.routing import NO_CONTEXT, Router, Rule, RuleCounts, RuleSet, TokenContext, TopK, balance_loss
+from moesaic.train.step import train_step
 from tests.models.tiny import some_ids, tiny
 from tests.routing.cases import CASES, DIM, VOCAB, Case, Input, some_input
 
@@ -336,6 +339,45 @@ def test_training_may_be_taught_instead_of_forced() -> None:
     assert forced.gate is not None
     assert torch.equal(forced.gate.extra["free_logits_TE"], taught.gate.logits_TE)
     assert "rules_TE" not in layer.eval().route(x_TD).gate.extra  # type: ignore[union-attr]
+
+
+def test_the_semantic_loss_teaches_the_gate_to_obey_without_being_forced() -> None:
+    """Trained by the loss alone, the gate sends nearly all tokens where rules would have, whether training obeys or not."""
+    for in_training in ("teach", "enforce"):
+        torch.manual_seed(0)
+        rules = RuleSet(
+            (Rule({"task": (1,)}, allow=(0, 1)), Rule({"task": (0,)}, forbid=(0, 1))), in_training=in_training
+        )  # type: ignore[arg-type]
+        layer = MoE(8, 4, 6, 1, "switch", {"jitter": 0.0}, rules=rules)
+        task_T = torch.arange(64) % 2
+        x_TD = torch.randn(64, 8)
+        x_TD[:, 0] = 2.0 * task_T - 1
+        allowed_TE, _ = rules.evaluate(TokenContext(task_T=task_T), 64, 6)
+        assert allowed_TE is not None
+        optimizer = torch.optim.Adam(layer.router.parameters(), lr=0.1)
+        for _ in range(60):
+            _, plan = layer(x_TD, TokenContext(task_T=task_T))
+            loss, _ = balance_loss(plan, {"semantic": 1.0})
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        layer.rules = None
+        expert_T = layer.eval().route(x_TD).expert_N
+        assert allowed_TE[torch.arange(64), expert_T].float().mean() > 0.95
+        assert loss < 0.1
+
+
+def test_the_semantic_loss_is_refused_where_no_rule_is_hard() -> None:
+    losses = {"semantic": 0.1}
+    for rules in (None, RuleSet((Rule(allow=(0,), weight=1.0),))):
+        with pytest.raises(ConfigError, match='"semantic" teaches hard rules, and the layer has none'):
+            build_model(tiny(MoEConfig(num_experts=4, k=2, hidden=8, losses=losses, rules=rules)))
+    config = tiny(MoEConfig(num_experts=4, k=2, hidden=8, losses=losses, rules=RuleSet((Rule(forbid=(0,)),))))
+    model, zeros_BS = build_model(config, seed=0), torch.zeros(2, 9, dtype=torch.int64)
+    batch = Batch(some_ids(2, 9), some_ids(2, 9, 4), zeros_BS == 0, zeros_BS, zeros_BS)
+    reading, _ = train_step(model, torch.optim.SGD(model.parameters()), [batch], lr=0.0, clip=0.0, step=0)
+    # A gate that has learned nothing gives the three permitted of four experts about 3/4.
+    assert reading.losses["semantic"] == pytest.approx(math.log(4 / 3), abs=0.02)
 
 
 # ---- the proof -------------------------------------------------------------------------------------------------

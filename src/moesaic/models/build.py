@@ -120,7 +120,7 @@ def build_ffn(config: ModelConfig, layer: int) -> MLP | MoE:
         expert_kind=moe.expert_kind,
         rules=moe.rules,
     )
-    check_losses(moe.losses, sparse.router)
+    check_losses(moe.losses, sparse.router, has_rules=moe.rules is not None and moe.rules.hard)
     if not moe.router.allow_leak:
         _refuse_leaks(moe, sparse)
     return sparse

@@ -147,6 +147,11 @@ class RuleSet:
                 )
 
     @property
+    def hard(self) -> bool:
+        """Whether any rule permits and forbids."""
+        return any(rule.hard for rule in self.rules)
+
+    @property
     def fields(self) -> set[str]:
         """What the rules ask about every token."""
         return {name for rule in self.rules for name in rule.when}
