@@ -149,6 +149,17 @@ CASES = [
     Case("product_keys", {"key_dim": 8, "query_norm": "none"}, experts=16),
     Case("memory", {"threshold": -1.0}),
     Case("memory", {"capacity": 16, "tenants": 2, "neighbors": 3, "threshold": 0.2, "beta": 2.0}, k=1),
+    Case("base", k=1),
+    Case("sinkhorn", k=1),
+    Case("sinkhorn"),
+    Case("expert_choice"),
+    Case("expert_choice", {"inference": "topc"}),
+    Case("expert_choice", {"group": "sequence"}),
+    Case("expert_choice", {"group": "sequence", "inference": "topc"}),
+    Case("expert_choice", {"group": "position"}, experts=4, k=1),
+    Case("expert_choice", {"group": "position", "inference": "topc"}, experts=4, k=1),
+    Case("expert_choice", {"max_experts": 3}),
+    Case("expert_choice", {"max_experts": 2, "group": "sequence", "inference": "topc"}),
 ]
 
 

@@ -85,7 +85,7 @@ def test_experts_per_token(case: Case) -> None:
     router = case.build()
     seen: set[int] = set()
     for trial in range(TRIALS):
-        plan = some_input(seed=trial).route(router)
+        plan = some_input(4, seed=trial).route(router)
         if isinstance(plan, SoftPlan):
             assert router.facts.experts == "all, mixed"
             return

@@ -12,6 +12,7 @@ from moesaic.routing.context import NO_CONTEXT, TokenContext
 from moesaic.routing.contextual import AttentionRouter, Conv, Recurrent
 from moesaic.routing.dynmoe import TopAny
 from moesaic.routing.estimators import GumbelSoftmax, Reinforce, StraightThrough
+from moesaic.routing.expert_choice import ExpertChoice
 from moesaic.routing.facts import Cost, Facts
 from moesaic.routing.fixed import RandomRouter, RoundRobin
 from moesaic.routing.gate import LinearGate, Outcome, Router, StepStats, TextStatistics
@@ -31,6 +32,7 @@ from moesaic.routing.sparsemixer import SparseMixer, SparseMixerV2
 from moesaic.routing.special_choice import MoEPlusPlus, NullExperts
 from moesaic.routing.task import Constant, Demix, Sentence, Task
 from moesaic.routing.token_choice import GShardTop2, Switch, TopK
+from moesaic.routing.transport import Base, Sinkhorn
 from moesaic.routing.tree import Tree
 
 ROUTERS: dict[str, type[Router]] = {
@@ -69,6 +71,9 @@ ROUTERS: dict[str, type[Router]] = {
     "tree": Tree,
     "product_keys": ProductKeys,
     "memory": MemoryRouter,
+    "base": Base,
+    "sinkhorn": Sinkhorn,
+    "expert_choice": ExpertChoice,
 }
 
 
