@@ -22,7 +22,9 @@ from tyro.conf import Positional, arg
 import moesaic
 from moesaic.checkpoint.native import load_config
 from moesaic.commands.compare import compare
+from moesaic.commands.lint import lint
 from moesaic.commands.output import Json, Overrides, console_for, print_json, sayer
+from moesaic.commands.routers import routers
 from moesaic.config import from_dict, load_config_file, to_dict
 from moesaic.cost.count import count_parameters
 from moesaic.cost.devices import doctor as examine
@@ -36,7 +38,6 @@ from moesaic.infer.sampling import SamplingConfig
 from moesaic.models import ModelConfig
 from moesaic.quickstart import run_quickstart, show_comparison
 from moesaic.report.page import write_report
-from moesaic.routing import ROUTERS
 from moesaic.settings import merge, override, refuse_taken, saved_run, shape
 from moesaic.terminal import guarded, parse, visible
 from moesaic.train.config import TrainConfig
@@ -382,8 +383,10 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "quickstart": quickstart,
     "train": train,
     "compare": compare,
+    "routers": routers,
     "eval": evaluate_command,
     "generate": generate,
+    "lint": lint,
     "report": report,
     "info": info,
     "doctor": doctor,
@@ -400,8 +403,6 @@ def help_text() -> str:
     ]
     lines += [f"  {name:<12}{summary(function)}" for name, function in COMMANDS.items()]
     lines += [
-        "",
-        f"Routers: {', '.join(ROUTERS)}.",
         "",
         "moesaic COMMAND --help shows options and examples; moesaic --version.",
     ]

@@ -1,13 +1,16 @@
 """Generation with real tiny decoders, dense and sparse: the cache, the batch and the padding change no token."""
 
+import re
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 
+from moesaic.errors import RoutingWarning
 from moesaic.infer import SamplingConfig, generate, generate_ids
 from moesaic.models.build import build_model
-from moesaic.models.config import ModelConfig, MoEConfig
+from moesaic.models.config import ModelConfig, MoEConfig, RouterConfig
 from moesaic.models.decoder import Decoder
 from moesaic.tokenizer import train_bpe
 
@@ -96,3 +99,23 @@ def test_text_from_a_sparse_model_in_bfloat16():
     text = generate(model, "hello", max_new_tokens=12, on_text=lambda row, piece: pieces.append(piece))
     assert text
     assert "".join(pieces) == text
+
+
+@pytest.mark.parametrize(
+    ("router", "words"),
+    [
+        ("base", "trained by another routing .*argmax"),
+        ("soft_moe", "read at once and text generated differ"),
+        ("topk", ""),
+    ],
+)
+def test_generation_says_when_it_routes_by_another_rule(router: str, words: str) -> None:
+    k = 1 if router == "base" else 2
+    moe = MoEConfig(num_experts=4, k=k, hidden=8, losses={}, router=RouterConfig(router, allow_leak=True))
+    model = build_model(replace(TINY, moe=moe), seed=0)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        generate_ids(model, [[1, 2, 3], [4]], max_new_tokens=2)
+    found = [str(w.message) for w in said if issubclass(w.category, RoutingWarning)]
+    assert len(found) == (1 if words else 0)  # two layers, one sentence
+    assert re.search(words, " ".join(found))

@@ -185,9 +185,10 @@ def run_trials(trials: Sequence[Trial], jobs: int, *, say: Say, show: Callable[[
                 show(trials, time.monotonic() - started)
         finally:
             for trial in running:
-                if trial.process is not None:
-                    trial.process.kill()
-                    trial.process.wait()
+                assert trial.process is not None
+                trial.process.kill()
+                trial.process.wait()
+                _close(trial)
     return not waiting and all(trial.state in ("done", "failed") for trial in trials)
 
 
@@ -212,10 +213,14 @@ def _interrupt(trial: Trial) -> None:
         trial.state = "stopping"
 
 
-def _finish(trial: Trial, say: Say) -> None:
-    assert trial.process is not None
+def _close(trial: Trial) -> None:
     if trial.log is not None:
         trial.log.close()
+
+
+def _finish(trial: Trial, say: Say) -> None:
+    assert trial.process is not None
+    _close(trial)
     status = trial.process.returncode
     if status == DONE and trial.result() is not None:
         trial.state = "done"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -30,7 +30,7 @@ class Variant:
     Attributes:
         title: what it is, in a few words.
         router, options: a key of ``ROUTERS`` and its options.
-        k: experts per token, where it is not the base model's.
+        k: experts per token, where it is not the base model's; "all" is every expert.
         moe: other settings of ``MoEConfig``.
         depth: settings of ``DepthConfig`` (Mixture-of-Depths), or None.
         dense: the feed-forward layers are dense (Mixture-of-Depths alone).
@@ -40,7 +40,7 @@ class Variant:
     title: str
     router: str = "topk"
     options: Mapping[str, Any] = field(default_factory=dict)
-    k: int | None = None
+    k: int | Literal["all"] | None = None
     moe: Mapping[str, Any] = field(default_factory=dict)
     depth: Mapping[str, Any] | None = None
     dense: bool = False
@@ -89,7 +89,7 @@ VARIANTS: dict[str, Variant] = {
     ),
     "expert_choice_causal": Variant("expert choice at each position", "expert_choice", {"group": "position"}),
     "soft_moe": Variant("slots that mix tokens (Soft MoE)", "soft_moe"),
-    "dense_soft": Variant("all experts, softmax weights", "dense_soft"),
+    "dense_soft": Variant("all experts, softmax weights", "dense_soft", k="all"),
     "prototype": Variant("k groups of experts, top-1 in each (M6-T)", "prototype"),
     # gradient estimators
     "straight_through": Variant("weight 1 forward, gradient of the probability", "straight_through"),
@@ -113,16 +113,22 @@ VARIANTS: dict[str, Variant] = {
     "hierarchical": Variant("a gate over groups, a gate in each", "hierarchical"),
     "tree_soft": Variant("binary tree, soft in training", "tree", {"train": "soft"}, k=1),
     "tree_hard": Variant("binary tree, one path", "tree", {"train": "hard"}, k=1),
-    "product_keys": Variant("product keys over single neurons (PEER)", "product_keys", moe={"expert_kind": "neuron"}),
+    "product_keys": Variant(
+        "product keys over single neurons (PEER)",
+        "product_keys",
+        {"heads": 8, "key_dim": 16},
+        k=8,
+        moe={"expert_kind": "neuron"},
+    ),
     "low_rank": Variant("factorised gate", "low_rank"),
     "cosine": Variant("cosine scores in a small space (X-MoE)", "cosine"),
     "multi_head": Variant("sub-tokens routed apart (MH-MoE)", moe={"heads": 4}),
     # context
     "conv": Variant("gate on a causal convolution", "conv"),
-    "attention": Variant("gate on a small causal attention", "attention"),
-    "recurrent": Variant("recurrent over layers (RMoE)", "recurrent"),
+    "attention": Variant("gate on a small causal attention", "attention", {"head_dim": 8}),
+    "recurrent": Variant("recurrent over layers (RMoE)", "recurrent", {"hidden": 24}),
     "segment": Variant("one decision per segment, from the one before", "segment"),
-    "memory": Variant("votes of remembered inputs", "memory"),
+    "memory": Variant("votes of remembered inputs", "memory", {"capacity": 64}),
     "task": Variant("one decision per task", "task"),
     "sentence": Variant("one decision per text so far", "sentence", {"pool": "prefix"}),
     "demix": Variant("one expert per domain", "demix", k=1),
@@ -154,7 +160,8 @@ def variant_model(base: ModelConfig, variant: Variant, num_tokens: int, num_sequ
     target = layer_flops(layer_of(base), num_tokens, num_sequences, moe.router.options)
     settings = to_dict(base)
     settings["moe"] |= {"router": {"name": variant.router, "options": dict(variant.options), "allow_leak": True}}
-    settings["moe"] |= {"k": variant.k or moe.k, "losses": {}, "capacity": None, **variant.moe}
+    k = moe.num_experts if variant.k == "all" else variant.k or moe.k
+    settings["moe"] |= {"k": k, "losses": {}, "capacity": None, **variant.moe}
     if variant.depth is not None:
         settings["depth"] = {"allow_leak": True, **variant.depth}
     if settings["moe"].get("expert_kind") == "neuron":
@@ -218,6 +225,8 @@ def _single_neurons(
     neurons = moe.num_experts * moe.hidden * 3 / 2  # a neuron has 2 vectors instead of 3
     side = max(16, round(math.sqrt(neurons)))
     settings["moe"] |= {"num_experts": side * side, "hidden": 1}
-    at = [_flops(settings, num_tokens, num_sequences, k=k) for k in (1, 2)]
-    settings["moe"]["k"] = max(1, min(side, round(1 + (target - at[0]) / (at[1] - at[0]))))
+    heads = int(settings["moe"]["router"]["options"].get("heads", 1))
+    each = [_flops(settings, num_tokens, num_sequences, k=heads * k) for k in (2, 3)]
+    fit = round(2 + (target - each[0]) / (each[1] - each[0]))
+    settings["moe"]["k"] = heads * max(2, min(side, fit))
     return settings

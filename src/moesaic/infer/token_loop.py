@@ -23,10 +23,11 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from moesaic.errors import ConfigError
+from moesaic.errors import ConfigError, RoutingWarning
 from moesaic.infer.domains import Mixture, RowTasks, row_tasks
 from moesaic.infer.row_facts import Fact, RowFacts, row_facts
 from moesaic.infer.sampling import History, SamplingConfig, sample
+from moesaic.routing import Router
 
 Finish = Literal["stop", "length", "eos"]
 
@@ -103,7 +104,8 @@ def generate_ids(
     each. Every token of the prompt and of the continuation counts as of that task.
     tenant, metadata: numbers that routing rules and memories of the model ask for, by name; one for all prompts or one each.
 
-    Warns when ``model.config.max_seq_len`` leaves room for fewer tokens than asked. Raises ``ConfigError`` when it
+    Warns when ``model.config.max_seq_len`` leaves room for fewer tokens than asked, and (``RoutingWarning``) when the model's
+    routers decide by another rule than in training, or by tokens that do not exist yet. Raises ``ConfigError`` when it
     leaves none, for an empty prompt, for ids the model does not know, and where a model routed by task is given none;
     ``NonFiniteError`` for NaN logits.
     """
@@ -112,6 +114,7 @@ def generate_ids(
         raise ConfigError(f"generate needs a decoder with a key-value cache, but {type(model).__name__} has none.")
     room = _room(prompts, max_new_tokens, model.config)
     streams = _random_streams(prompts, seed)
+    _warn_of_other_routing(model)
     side = (row_tasks(model, len(prompts), task, mixture), row_facts(len(prompts), tenant, metadata))
     new: list[list[int]] = [[] for _ in prompts]
     finish: dict[int, Finish] = {}
@@ -207,6 +210,21 @@ def _run_batch(
         ids_BS[:, end] = torch.tensor([token if alive else pad_id for alive, token in zip(live, token_B, strict=True)])
         valid_BS[:, end] = torch.tensor(live)
         begin, end = end, end + 1
+
+
+def _warn_of_other_routing(model: CausalModel) -> None:
+    """Say what each router of another rule, or of a leak, does here; each sentence once."""
+    said: dict[str, None] = {}
+    for module in model.modules():
+        if not isinstance(module, Router):
+            continue
+        facts, name = module.facts, type(module).__name__
+        if not (facts.causal_in_evaluation and facts.batch_invariant_in_evaluation):
+            said[f"{name} routes by later tokens or other rows, so text read at once and text generated differ."] = None
+        elif facts.inference == "other rule":
+            said[f"{name} was trained by another routing than it generates with: {facts.inference_rule}."] = None
+    for sentence in said:
+        warnings.warn(sentence, RoutingWarning, stacklevel=3)
 
 
 def _batches(lengths: list[int], room: list[int], context: int) -> list[list[int]]:

@@ -12,19 +12,21 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from moesaic.errors import ConfigError, nearest
+from moesaic.errors import ConfigError, LintWarning, nearest
 from moesaic.experts.layer import MoE
 from moesaic.experts.multi_head import MultiHeadMoE
 from moesaic.models.block import Block
 from moesaic.models.config import DepthConfig, ModelConfig, MoEConfig, RouterConfig, pick
 from moesaic.models.decoder import Decoder
 from moesaic.models.depth import DepthBlock
+from moesaic.models.lint import by_severity, lint_layer
 from moesaic.nn.attention import Attention
 from moesaic.nn.linear import Linear, init_fan_in_
 from moesaic.nn.mlp import MLP
@@ -41,7 +43,8 @@ def build_model(config: ModelConfig, seed: int | None = None, device: torch.devi
         seed: seeds the initialisation without touching the caller's random state; None uses that state.
         device: "meta" builds shapes only.
 
-    Raises ``ConfigError`` for what cannot be: unknown router or option, a gate that cannot learn, a loss without effect.
+    Raises ``ConfigError`` for what cannot be: unknown router or option, a gate that cannot learn, a loss without effect. Warns
+    (``LintWarning``) of what will likely disappoint, see ``models/lint.py``.
     """
     if seed is not None:
         with torch.random.fork_rng(devices=[]):
@@ -54,7 +57,21 @@ def build_model(config: ModelConfig, seed: int | None = None, device: torch.devi
         head = Linear(config.dim, config.vocab_size, bias=False)
         model = Decoder(config, nn.Embedding(config.vocab_size, config.dim), blocks, norm, head)
         _initialise(model)
+    if model.embedding.weight.device.type != "meta":  # a model to be used, not a shape to be counted
+        _warn(model)
     return model
+
+
+def _warn(model: Decoder) -> None:
+    """Pass on what runs and will likely disappoint."""
+    moe, sparse = model.config.moe, model.moe_layers()
+    found = []
+    for i, layer in enumerate(sparse.values()):
+        assert moe is not None
+        found += lint_layer(moe, layer, pick(moe.num_experts, i))
+    for finding in by_severity(found):
+        if finding.severity == "warning":
+            warnings.warn(f"{finding.where}: {finding.what} {finding.instead}".strip(), LintWarning, stacklevel=3)
 
 
 def _block(config: ModelConfig, layer: int) -> Block:

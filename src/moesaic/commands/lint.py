@@ -1,0 +1,78 @@
+"""``moesaic lint``: what a config will make go wrong, before it costs a run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from moesaic.commands.output import Json, Overrides, console_for, print_json, sayer
+from moesaic.config import apply_overrides, from_dict, load_config_file, to_dict
+from moesaic.errors import ConfigError
+from moesaic.models.config import ModelConfig
+from moesaic.settings import merge
+from moesaic.train.config import TrainConfig
+from moesaic.train.lint import lint_model, lint_run
+from moesaic.train.recipes import RECIPES
+
+
+def lint(
+    config: Annotated[
+        Positional[str],
+        arg(metavar="CONFIG", help="A .json or .toml config, a run or model folder, or the name of a recipe."),
+    ],
+    set_: Overrides = (),
+    json: Json = False,
+) -> int:
+    """Find gates that cannot learn, loads that will not balance, settings without effect.
+
+    Ends with status 1 if there is an error or a warning.
+
+    Examples:
+      moesaic lint run.toml
+      moesaic lint quickstart --set model.moe.k=1
+      moesaic lint runs/books --json
+    """
+    settings = apply_overrides(_settings(config), set_)
+    if "steps" in settings or "batch_size" in settings:
+        found = lint_run(from_dict(TrainConfig, settings))
+    else:
+        found = lint_model(from_dict(ModelConfig, settings["model"], where="model"))
+    counts = Counter(finding.severity for finding in found)
+    if json:
+        rows = [{"severity": f.severity, "where": f.where, "what": f.what, "instead": f.instead} for f in found]
+        print_json(
+            {"findings": rows, "errors": counts["error"], "warnings": counts["warning"], "notes": counts["note"]}
+        )
+    else:
+        say = sayer(console_for(json))
+        for finding in found:
+            say(str(finding))
+        say(
+            "Nothing to find fault with."
+            if not found
+            else f"{counts['error']} errors, {counts['warning']} warnings, {counts['note']} notes."
+        )
+    return 1 if counts["error"] or counts["warning"] else 0
+
+
+def _settings(name: str) -> dict[str, Any]:
+    """The settings named: of a recipe, a config file laid over the default recipe, or a folder's ``config.json``."""
+    path = Path(name)
+    if name in RECIPES and not path.exists():
+        recipe: dict[str, Any] = to_dict(RECIPES[name]())
+        return recipe
+    if path.is_dir():
+        path = next(
+            (p for p in (path / "config.json", path / "sparse" / "config.json") if p.exists()), path / "config.json"
+        )
+    data = load_config_file(path)
+    if "format" in data and "model" in data:  # a model directory: no batches
+        return {"model": data["model"]}
+    if "model" not in data and "dim" in data:
+        return {"model": data}
+    if not isinstance(data.get("model", {}), dict):
+        raise ConfigError(f"{path} is not a config: its model is no table of settings.")
+    return merge(to_dict(RECIPES["small"]()), data)
