@@ -25,7 +25,6 @@ from moesaic.nn.linear import init_fan_in_
 from moesaic.nn.mlp import ACTIVATIONS, Activation
 from moesaic.plan.plan import at_least_fp32
 
-
 ExpertKind = Literal["ffn", "neuron"]
 
 
@@ -52,11 +51,16 @@ class NeuronExperts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, scale: float = 1.0, out_scale: float = 1.0) -> None:
-        """Fan-in initialisation, as of feed-forward experts of width 1: fan-in D, then 1. Drawn table by table."""
+        """Fan-in initialisation, as of feed-forward experts of width 1: fan-in D, then 1.
+
+        Drawn in blocks of experts, because drawing needs a temporary as large as what is drawn.
+        """
         if self.w_in.is_meta:
             return
-        init_fan_in_(self.w_in.data, self.dim, scale)
-        init_fan_in_(self.w_out.data, self.hidden, scale * out_scale)
+        for block_ED in self.w_in.data.split(2**16):
+            init_fan_in_(block_ED, self.dim, scale)
+        for block_ED in self.w_out.data.split(2**16):
+            init_fan_in_(block_ED, self.hidden, scale * out_scale)
 
     def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
         """Rows grouped by expert, (N, D) to (N, D), in ``x``'s dtype."""
