@@ -44,7 +44,8 @@ class MemoryRouter(Router):
         tenants: tenants with a memory of their own (N); the store takes ``N * M * (D + E)`` numbers.
         neighbors: remembered keys that vote (at most M).
         beta: strength of the vote, in logits per log-probability.
-        threshold: least cosine similarity of the nearest key for the memory to speak at all; -1 always lets it.
+        threshold: least cosine similarity of the nearest key for the memory to speak at all; -1 always lets it. Hidden states
+            lie close together: after 60 steps of a small model nearest keys were at 0.87 to 0.98, so 0.5 shut nobody out.
         temperature: of the vote; small values follow the nearest key alone.
         writes: tokens remembered per optimiser step; 0 leaves writing to ``remember``.
         init_std: of the gate's weights.
@@ -64,7 +65,7 @@ class MemoryRouter(Router):
         tenants: int = 1,
         neighbors: int = 8,
         beta: float = 0.5,
-        threshold: float = 0.5,
+        threshold: float = 0.9,
         temperature: float = 0.1,
         writes: int = 16,
         init_std: float = 0.02,
