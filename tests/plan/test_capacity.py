@@ -10,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moesaic.errors import ConfigError
-from moesaic.plan import CapacityRule, Gate, RoutingPlan, drop_over_capacity, from_rows, from_topk
+from moesaic.plan import (
+    AdaptiveFactor,
+    CapacityRule,
+    Gate,
+    RoutingPlan,
+    drop_over_capacity,
+    from_rows,
+    from_topk,
+    restrict,
+)
+from moesaic.plan.overflow import fullest
 
 
 def _one_choice(experts: list[int], weights: list[float], E: int = 4, valid: list[int] | None = None) -> RoutingPlan:
@@ -112,11 +122,79 @@ def test_adaptive_routers_are_capped_by_the_experts_they_use() -> None:
         ({"minimum": -1}, "at least 0"),
         ({"overflow": "fallback_expert"}, "set both or neither"),
         ({"fallback_expert": 1}, "set both or neither"),
+        ({"factor": "exct"}, 'Did you mean "exact"'),
+        ({"max_factor": 2.0}, 'max_factor bounds factor="exact", and factor is 1.25'),
+        ({"factor": "exact", "max_factor": 0.0}, "capacity.max_factor must be above 0"),
+        ({"factor": "exact", "adapt": AdaptiveFactor()}, "leaves nothing for tau or adapt to set"),
+        ({"factor": "exact", "tau": 0.5}, "leaves nothing for tau or adapt to set"),
+        ({"factor": 5.0, "adapt": AdaptiveFactor(hi=4.0)}, "starts outside capacity.adapt's 0.5 to 4.0"),
+        ({"overflow": "next_best", "adapt": AdaptiveFactor()}, "follows dropped rows"),
+        ({"batch_score": "mean"}, "capacity.batch_score must be one of"),
     ],
 )
 def test_impossible_rules_are_refused(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         CapacityRule(**fields)
+
+
+# ---- factors that are not numbers -----------------------------------------------------------------------------------
+
+
+def test_the_exact_factor_drops_nothing_up_to_its_bound() -> None:
+    # Loads 5, 2, 1, 0: the fullest expert needs 5 slots, a factor of 5 / (8 / 4) = 2.5.
+    plan = _one_choice([0, 0, 1, 0, 2, 0, 1, 0], [1.0] * 8)
+    assert fullest(plan) == 5
+    free = CapacityRule(factor="exact", minimum=0)
+    assert free.slots(8, 1, 4, needed=5) == 5
+    assert free.apply(plan, training=True) is plan
+    bounded = CapacityRule(factor="exact", max_factor=2.0, minimum=0)
+    assert bounded.slots(8, 1, 4, needed=5) == 4  # Tutel's -2: never more than a factor of 2
+    assert bounded.slots(8, 1, 4, needed=3) == 3
+    assert bounded.apply(plan, training=True).counts_E.tolist() == [4, 2, 1, 0]
+    assert CapacityRule(factor="exact", max_factor=2.5, minimum=0).apply(plan, training=True).counts_E[0] == 5
+    assert CapacityRule(factor="exact", minimum=4, multiple_of=4).slots(16, 1, 4, needed=5) == 8
+    assert CapacityRule(factor="exact").slots(16, 1, 4, needed=1) == 4
+    assert bounded.apply(plan, training=False) is plan  # evaluation is dropless unless asked
+    with pytest.raises(ConfigError, match="say what its fullest expert needs"):
+        free.slots(8, 1, 4)
+
+
+def test_the_fullest_expert_is_that_of_any_group() -> None:
+    plan = _one_choice([0, 0, 1, 1, 1, 0], [1.0] * 6, valid=[1, 1, 1, 1, 1, 0])
+    assert fullest(plan) == 3
+    assert fullest(plan, groups=2) == 2  # the first three of five tokens: 0 0 1; the others: 1 1
+    assert fullest(_one_choice([4, 4], [1.0, 1.0])) == 0
+    grouped = CapacityRule(factor="exact", max_factor=99.0, minimum=0, groups=2)
+    assert int(grouped.apply(plan, training=True).dropped) == 0
+
+
+def test_an_adapted_factor_replaces_the_rules_own_in_training() -> None:
+    rule = CapacityRule(factor=1.0, minimum=0, eval_factor=1.0, adapt=AdaptiveFactor())
+    plan = _one_choice([0] * 6 + [1, 2], [1.0] * 8)
+    assert rule.apply(plan, training=True).counts_E.tolist() == [2, 1, 1, 0]
+    assert rule.apply(plan, training=True, factor=2.0).counts_E.tolist() == [4, 1, 1, 0]
+    assert rule.apply(plan, training=False, factor=2.0).counts_E.tolist() == [2, 1, 1, 0]
+
+
+def test_factors_in_use_are_multiples_within_bounds() -> None:
+    adapt = AdaptiveFactor(lo=0.9, hi=2.0, step=0.25)
+    assert [adapt.in_use(f) for f in (0.9, 1.0, 1.01, 1.25, 1.9, 2.0)] == [1.0, 1.0, 1.25, 1.25, 2.0, 2.0]
+    assert AdaptiveFactor(step=0.05).in_use(1.1) == pytest.approx(1.1)  # 1.1 / .05 is 22.000000000000004
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"target": 1.0}, "below 1, not 1.0"),
+        ({"memory": -0.1}, "at least 0 and below 1"),
+        ({"eta": 0.0}, "eta=0.0"),
+        ({"lo": 2.0, "hi": 1.0}, "0 < lo <= hi"),
+        ({"step": 0.0}, "step=0.0"),
+    ],
+)
+def test_impossible_adaptation_is_refused(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        AdaptiveFactor(**fields)
 
 
 # ---- who goes first ------------------------------------------------------------------------------------------------
@@ -186,6 +264,46 @@ def test_loose_rows_have_priorities_too() -> None:
         assert sorted(plan.token_N[kept_N].tolist()) == [2, 3]
 
 
+def test_batch_priority_goes_by_scores_not_by_renormalised_weights() -> None:
+    """V-MoE sorts by the softmax; after renormalising, the token of .3 and .05 would look surer than that of .5 and .4."""
+    scores = [[0.3, 0.05, 0.33, 0.32], [0.5, 0.4, 0.05, 0.05], [0.45, 0.1, 0.4, 0.05]]
+    probs_TE = torch.tensor(scores)
+    expert_TK = torch.tensor([[0, 1], [0, 1], [0, 1]])
+    weight_TK = probs_TE.gather(1, expert_TK)
+    weight_TK = weight_TK / weight_TK.sum(1, keepdim=True)
+    assert weight_TK[0, 0] == weight_TK[:, 0].max()
+    plan = from_topk(expert_TK, weight_TK, 4, gate=Gate(probs_TE.log(), probs_TE))
+    by_best = drop_over_capacity(plan, 1, priority="batch")
+    assert by_best.token_N[by_best.kept_N].tolist() == [1, 1]
+    # Best .5 and .45, sums .55 and .9: the sum over choices turns the order round.
+    expert_TK = torch.tensor([[0, 1], [0, 1]])
+    probs_TE = torch.tensor([[0.5, 0.05, 0.45], [0.45, 0.45, 0.1]])
+    plan = from_topk(expert_TK, probs_TE.gather(1, expert_TK), 3, gate=Gate(probs_TE.log(), probs_TE))
+    for score, first in (("max", 0), ("sum", 1)):
+        capped = drop_over_capacity(plan, 1, priority="batch", batch_score=score)  # type: ignore[arg-type]
+        assert capped.token_N[capped.kept_N].tolist() == [first, first]
+    rule = CapacityRule(factor=1e-9, minimum=1, priority="batch", batch_score="sum")
+    assert rule.apply(plan, training=True).kept_N.tolist() == [False, False, True, True]
+
+
+def test_loose_rows_are_ranked_by_weight_within_their_token() -> None:
+    # Token 0's rows: expert 1 (.2), expert 0 (.8); token 1's: expert 0 (.6), expert 1 (.4). First choices are all for expert 0.
+    plan = from_rows(
+        torch.tensor([0, 0, 1, 1, 1]),
+        torch.tensor([1, 0, 0, 1, 2]),
+        torch.tensor([0.2, 0.8, 0.6, 0.4, 0.0]),
+        2,
+        2,
+    )
+    assert drop_over_capacity(plan, 1).kept_N.tolist() == [True, True, False, False, False]
+    as_topk = from_topk(torch.tensor([[0, 1], [0, 1]]), torch.tensor([[0.8, 0.2], [0.6, 0.4]]), 2)
+    for priority in ("position", "batch", "probability"):
+        loose = drop_over_capacity(plan, 1, priority=priority)  # type: ignore[arg-type]
+        strict = drop_over_capacity(as_topk, 1, priority=priority)  # type: ignore[arg-type]
+        seats = {(int(t), int(e)) for t, e in zip(loose.token_N, loose.expert_N, strict=True) if e < 2}
+        assert seats == {(int(t), int(e)) for t, e in zip(strict.token_N, strict.expert_N, strict=True) if e < 2}
+
+
 def test_padding_takes_no_slot_and_does_not_count_as_a_token() -> None:
     plan = _one_choice([0] * 8, [1.0] * 8, valid=[0, 0, 1, 0, 1, 1, 1, 0])
     assert drop_over_capacity(plan, 2).kept_N.nonzero().flatten().tolist() == [2, 4]
@@ -251,6 +369,37 @@ def test_next_best_never_gives_a_token_one_expert_twice() -> None:
     assert int(tight.dropped) == 4
 
 
+def test_next_best_for_loose_rows_is_that_of_top_k() -> None:
+    """Rows of one token need not stand together, nor be equally many."""
+    generator = torch.Generator().manual_seed(3)
+    probs_TE = torch.randn(9, 5, generator=generator).softmax(1)
+    top = probs_TE.topk(2, dim=1)
+    gate = Gate(probs_TE.log(), probs_TE)
+    strict = from_topk(top.indices, top.values, 5, gate=gate)
+    mixed_N = torch.randperm(18, generator=generator)
+    loose = from_rows(strict.token_N[mixed_N], strict.expert_N[mixed_N], strict.weight_N[mixed_N], 9, 5, gate=gate)
+    for slots in (2, 3, 4):
+        a = drop_over_capacity(strict, slots, priority="probability", overflow="next_best")
+        b = drop_over_capacity(loose, slots, priority="probability", overflow="next_best")
+        assert a.counts_E.tolist() == b.counts_E.tolist()
+        assert int(b.dropped) == max(0, 18 - 5 * slots)
+        for token in range(9):
+            mine = [int(e) for t, e in zip(b.token_N, b.expert_N, strict=True) if int(t) == token and e < 5]
+            assert len(mine) == len(set(mine))
+
+
+def test_rerouting_offers_permitted_experts_only() -> None:
+    probs = [[0.5, 0.3, 0.15, 0.05]] * 3
+    plan = _with_scores([[0], [0], [0]], probs)
+    allowed_TE = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 1], [1, 0, 0, 0]], dtype=torch.bool)
+    ruled = restrict(plan, allowed_TE)
+    for overflow in ("next_best", "reroute_to_free"):
+        capped = drop_over_capacity(ruled, 1, overflow=overflow)  # type: ignore[arg-type]
+        assert capped.expert_N.tolist() == [0, 3, 4]
+    sent = drop_over_capacity(ruled, 1, overflow="fallback_expert", fallback_expert=3)
+    assert sent.expert_N.tolist() == [0, 3, 4]
+
+
 def test_next_best_does_not_revive_padding_or_seats_the_router_left_empty() -> None:
     plan = from_topk(
         torch.tensor([[0, 3], [0, 1], [0, 1]]),
@@ -276,7 +425,7 @@ def test_reroute_to_free_fills_the_lowest_free_slots_in_priority_order() -> None
 
 
 def test_next_best_needs_scores() -> None:
-    with pytest.raises(ConfigError, match="next_best"):
+    with pytest.raises(ConfigError, match="scores for all experts"):
         drop_over_capacity(_one_choice([0, 0], [1.0, 1.0]), 1, overflow="next_best")
 
 

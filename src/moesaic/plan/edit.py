@@ -1,6 +1,6 @@
 """Edits: functions plan -> plan. Knockout, replay and forced balance live here, not as flags inside routers.
 
-Capacity, the largest edit, has its own page: ``capacity.py``.
+Capacity, the largest edit, has its own pages: ``capacity.py`` and ``overflow.py``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import ConfigError, one_of
-from moesaic.plan.capacity import renormalized
+from moesaic.plan.overflow import renormalized
 from moesaic.plan.plan import Gate, RoutingPlan, SoftPlan
 
 Weigh = Callable[[Gate, Tensor], Tensor]
