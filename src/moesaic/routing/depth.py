@@ -94,11 +94,13 @@ class DepthRouter(Router):
         """c."""
         return self.capacity
 
-    def slots(self, num_tokens: int | Tensor) -> Any:
-        """``ceil(c n)``: tokens taken of n in training."""
-        if isinstance(num_tokens, Tensor):
-            return (num_tokens * self.capacity - 1e-9).ceil().long()
+    def slots(self, num_tokens: int) -> int:
+        """``ceil(c n)``: tokens taken of n in training. 1e-9 absorbs binary fractions: 0.1 * 30 must not become 4."""
         return math.ceil(num_tokens * self.capacity - 1e-9)
+
+    def slots_of(self, num_tokens: Tensor) -> Tensor:
+        """The same for int64 counts. In fp64, as Python counts: in fp32, 0.3 * 50 is above 15."""
+        return (num_tokens.double() * self.capacity - 1e-9).ceil().long()
 
     def forward(self, x_TD: Tensor, ctx: TokenContext = NO_CONTEXT) -> RoutingPlan:
         """One row per token, to the block (expert 0) or nowhere (1)."""
@@ -144,14 +146,14 @@ class DepthRouter(Router):
         """bool (T,): the tokens of largest score of each sequence."""
         B, S = ctx.shape(len(score_T1))
         score_BS = score_T1.view(B, S)
-        number_B1 = torch.full((B, 1), S, dtype=score_BS.dtype, device=score_BS.device)
+        number_B1 = torch.full((B, 1), S, device=score_BS.device)
         if ctx.valid_T is not None:
             valid_BS = ctx.valid_T.view(B, S)
             score_BS = score_BS.masked_fill(~valid_BS, float("-inf"))
-            number_B1 = valid_BS.sum(dim=1, keepdim=True).to(score_BS.dtype)
+            number_B1 = valid_BS.sum(dim=1, keepdim=True)
         order_BS = torch.sort(score_BS, dim=1, descending=True, stable=True).indices
         place_BS = order_BS.argsort(dim=1)
-        return (place_BS < self.slots(number_B1)).flatten()
+        return (place_BS < self.slots_of(number_B1)).flatten()
 
 
 DEPTH_ROUTERS: dict[str, type[DepthRouter]] = {"mixture_of_depths": DepthRouter}
