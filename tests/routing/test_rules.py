@@ -449,11 +449,16 @@ def broken(plan: RoutingPlan | SoftPlan, allowed_TE: Tensor) -> int:
     return int((~allowed_TE[plan.token_N[kept_N], plan.expert_N[kept_N]]).sum())
 
 
-def trial(case: Case, router: Router, number: int) -> tuple[int, int]:
+def layer_of(case: Case, router: Router | None = None) -> MoE:
+    """A layer around the case's router, or around another."""
+    return MoE(DIM, 1, E - case.special, case.k, router or case.build(torch.float32), zero=case.special)
+
+
+def trial(layer: MoE, number: int) -> tuple[int, int]:
     """One batch of 512 tokens: rows that break a rule, and rows that would without rules."""
     overflow, priority, batch, ctx, rules, allowed_TE = TRIALS[number]
     x_TD = batch.x_BSD.flatten(0, 1)
-    layer = MoE(DIM, 4, E - case.special, case.k, router, zero=case.special)
+    layer.rules, layer.capacity, layer.edits = None, None, ()
     free = layer.route(x_TD, ctx)
     layer.rules = rules
     if isinstance(free, SoftPlan):
@@ -480,8 +485,8 @@ def trial(case: Case, router: Router, number: int) -> tuple[int, int]:
 def test_no_forbidden_expert_in_ten_thousand_constrained_routings(case: Case) -> None:
     """Every overflow policy with every priority; noise, jitter and random selection biases on; edits of every kind."""
     assert len(TRIALS) * B * S > 10_000
-    router = case.build(torch.float32)
-    counts = [trial(case, router, number) for number in range(len(TRIALS))]
+    layer = layer_of(case)
+    counts = [trial(layer, number) for number in range(len(TRIALS))]
     assert sum(free for _, free in counts) > 1000  # the rules do bite
     assert sum(ruled for ruled, _ in counts) == 0
 
@@ -493,10 +498,9 @@ def test_the_proof_sees_what_happens_without_the_guard(monkeypatch: pytest.Monke
         weight_N = plan.weight_N if weight_N is None else weight_N
         return replace(plan, expert_N=expert_N, weight_N=torch.where(expert_N < plan.num_experts, weight_N, 0.0))
 
-    case = Case("topk")
-    router = case.build(torch.float32)
+    layer = layer_of(Case("topk"))
     monkeypatch.setattr(RoutingPlan, "send", unguarded)
-    assert sum(trial(case, router, number)[0] for number in range(len(TRIALS))) > 1000
+    assert sum(trial(layer, number)[0] for number in range(len(TRIALS))) > 1000
 
 
 class Stubborn(TopK):
@@ -510,10 +514,10 @@ class Stubborn(TopK):
 
 
 def test_a_router_that_ignores_rules_is_held_to_them_by_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    case, router = Case("topk"), Stubborn(DIM, E, 2)
-    assert sum(trial(case, router, number)[0] for number in range(4)) == 0
+    layer = layer_of(Case("topk"), Stubborn(DIM, E, 2))
+    assert sum(trial(layer, number)[0] for number in range(4)) == 0
     monkeypatch.setattr(layer_module, "restrict", lambda plan, _allowed_TE: plan)
-    assert sum(trial(case, router, number)[0] for number in range(4)) > 100
+    assert sum(trial(layer, number)[0] for number in range(4)) > 100
 
 
 def test_rerouting_by_capacity_looks_for_a_permitted_expert() -> None:
