@@ -27,6 +27,7 @@ Legend: T tokens, D model width, E experts, K experts per token, V vocabulary, M
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -130,7 +131,7 @@ class Hash(Router):
             )
         for segment in range(self.k):
             key = (self.kind, self.even, self.embedding_dim, self.segment, segment)
-            table_V = text.once(key, lambda segment=segment: self._table(text, segment)).to(self.table_KV.device)  # type: ignore[misc]
+            table_V = text.once(key, partial(self._table, text, segment)).to(self.table_KV.device)
             row_V = self.table_KV[segment, : self.vocab_size]
             row_V.copy_(torch.where(table_V >= 0, table_V, row_V))
 
