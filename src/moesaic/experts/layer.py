@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.errors import ConfigError, one_of
+from moesaic.experts.capacity import AdaptedCapacity
 from moesaic.experts.dispatch import Dispatcher, dispatch_local
 from moesaic.experts.neurons import ExpertKind, NeuronExperts
 from moesaic.experts.special import SharedExperts, WithSpecialExperts
@@ -28,6 +29,8 @@ from moesaic.plan.edit import restrict
 from moesaic.plan.lift import lift, lower
 from moesaic.plan.plan import RoutingPlan, SoftPlan
 from moesaic.routing import NO_CONTEXT, Router, RuleSet, StepStats, TokenContext, build_router
+from moesaic.routing.balance import PrototypeMemory
+from moesaic.routing.dropout import falls_on, keep_local, mask_whole_experts
 
 Edit = Callable[[Any], Any]  # plan -> plan
 
@@ -46,11 +49,18 @@ class MoE(nn.Module):
         backend: of the grouped products.
         expert_kind: "ffn", or "neuron": single neurons for layers of very many experts (``hidden`` must be 1; never gated).
         rules: which tokens may use which experts.
+        expert_dropout: in training, dropout on the hidden units of experts.
+        expert_masking: in training, probability of each expert to be out for a whole batch.
+        gating_dropout, gating_groups: in training, probability of a whole batch to keep to the experts of its own group, and
+            the number of groups (``routing/dropout.py``).
 
     Attributes:
         rules: may also be set from outside, at any time; nothing that routes, drops, reroutes or edits can break them.
         edits: plan edits applied after routing and capacity, in order; set from outside (``moesaic.edit``).
         dispatcher: how a plan is executed; replaced from outside for recomputation or parallel experts.
+        evidence: what losses want kept in ``plan.gate.extra`` in training: "input_TD" (the router's input, with its graph),
+            "free_logits_TE" (logits before rules).
+        memory: prototypes remembered between steps, for the loss "prototype" with an EMA.
     """
 
     def __init__(
@@ -73,6 +83,10 @@ class MoE(nn.Module):
         backend: Backend = "auto",
         expert_kind: ExpertKind = "ffn",
         rules: RuleSet | None = None,
+        expert_dropout: float = 0.0,
+        expert_masking: float = 0.0,
+        gating_dropout: float = 0.0,
+        gating_groups: int = 1,
     ) -> None:
         super().__init__()
         if dim < 1 or hidden < 1 or min(shared, zero, copy, constant) < 0:
@@ -81,11 +95,15 @@ class MoE(nn.Module):
             )
         one_of("expert_kind", expert_kind, get_args(ExpertKind))
         if expert_kind == "neuron" and hidden != 1:
-            raise ConfigError(f'expert_kind="neuron" has experts of one hidden unit, so hidden must be 1, not {hidden}.')
+            raise ConfigError(
+                f'expert_kind="neuron" has experts of one hidden unit, so hidden must be 1, not {hidden}.'
+            )
         if shared_gate and not shared:
             raise ConfigError("shared_gate=True needs at least one shared expert; set shared=1.")
         if capacity is not None and capacity.tau is not None and not zero + copy + constant:
-            raise ConfigError("capacity.tau needs zero-computation experts to give room to; set zero, copy or constant.")
+            raise ConfigError(
+                "capacity.tau needs zero-computation experts to give room to; set zero, copy or constant."
+            )
         self.dim, self.num_special = dim, zero + copy + constant
         special = self.num_special
         total = experts + special
@@ -96,12 +114,21 @@ class MoE(nn.Module):
             raise ConfigError(f"The router serves {self.router.num_experts} experts, but the layer has {total}.")
         stacked: StackedExperts | NeuronExperts
         if expert_kind == "neuron":
+            if expert_dropout:
+                raise ConfigError(
+                    f"expert_dropout={expert_dropout} drops hidden units, and neurons have one; use expert_masking."
+                )
             stacked = NeuronExperts(experts, dim, activation)
         else:
-            stacked = StackedExperts(experts, dim, hidden, activation, gated, backend)
+            stacked = StackedExperts(experts, dim, hidden, activation, gated, backend, expert_dropout)
         self.experts = WithSpecialExperts(stacked, zero, copy, constant) if special else stacked
         self.shared = SharedExperts(shared, dim, hidden, activation, gated, shared_gate) if shared else None
         self.capacity = capacity
+        self.adapted = AdaptedCapacity(capacity) if capacity is not None and capacity.adapt is not None else None
+        _check_narrowing(expert_masking, gating_dropout, gating_groups, total, self.router.k)
+        self.expert_masking, self.gating_dropout, self.gating_groups = expert_masking, gating_dropout, gating_groups
+        self.evidence: frozenset[str] = frozenset()
+        self.memory: PrototypeMemory | None = None
         self.rules = rules
         self.edits: tuple[Edit, ...] = ()
         self.dispatcher: Dispatcher = dispatch_local
@@ -166,6 +193,8 @@ class MoE(nn.Module):
         """
         if self.rules is not None:
             ctx = self.rules.apply(ctx, len(x_TD), self.router.num_experts, x_TD.device, self.training)
+        if self.training:
+            ctx = self._in_training(ctx, x_TD)
         plan: RoutingPlan | SoftPlan = self.router(x_TD, ctx)
         if ctx.evidence and plan.gate is not None:
             plan = replace(plan, gate=replace(plan.gate, extra={**plan.gate.extra, **ctx.evidence}))
@@ -173,17 +202,55 @@ class MoE(nn.Module):
             plan = restrict(plan, ctx.allowed_TE)  # whatever the router made of the rules
         if self.capacity is not None and isinstance(plan, RoutingPlan):
             k = self.router.k if self.router.facts.varies else None  # adaptive routers own more rows than they use
-            plan = self.capacity.apply(plan, self.training, k=k, num_special=self.num_special)
+            factor = None if self.adapted is None or not self.training else self.adapted.in_use()
+            plan = self.capacity.apply(
+                plan, self.training, k=k, num_special=self.num_special, factor=factor, generator=ctx.generator
+            )
         for edit in self.edits:
             plan = edit(plan) if ctx.part is None else lower(edit(lift(plan, ctx.part)), ctx.part)
         if self.edits and ctx.allowed_TE is not None:
             plan = restrict(plan, ctx.allowed_TE)  # an edit may return any plan, one that knows no rules included
         return plan
 
+    def _in_training(self, ctx: TokenContext, x_TD: Tensor) -> TokenContext:
+        """The context after gating dropout and expert masking, with a place for the evidence that losses asked for."""
+        T, E, k, device = len(x_TD), self.router.num_experts, self.router.k, x_TD.device
+        if self.gating_dropout:
+            local = falls_on(self.gating_dropout, ctx.generator) if ctx.stay_local is None else ctx.stay_local
+            if local:
+                ctx = keep_local(ctx, T, E, k, self.gating_groups, device)
+        if self.expert_masking:
+            ctx = mask_whole_experts(ctx, T, E, k, self.expert_masking, device)
+        if not self.evidence and self.memory is None:
+            return ctx
+        kept = {} if self.memory is None else self.memory.recall()
+        if "input_TD" in self.evidence:
+            kept["input_TD"] = x_TD
+        return replace(ctx, evidence={**(ctx.evidence or {}), **kept})
+
     def statistics(self, plan: RoutingPlan | SoftPlan) -> dict[str, Tensor]:
         """What ``after_step`` must know of this forward besides counts; adds up over micro-batches and ranks."""
-        return self.router.statistics(plan)
+        mine = {} if self.memory is None else self.memory.statistics(plan)
+        return {**self.router.statistics(plan), **mine}
 
     def after_step(self, stats: StepStats) -> None:
         """Called once per optimiser step: state that follows load (selection biases, controllers)."""
         self.router.after_step(stats)
+        if self.adapted is not None:
+            self.adapted.after_step(stats)
+        if self.memory is not None:
+            self.memory.after_step(stats)
+
+
+def _check_narrowing(masking: float, local: float, groups: int, num_experts: int, k: int) -> None:
+    """Raises ``ConfigError`` unless masking and gating dropout leave every token k experts."""
+    for name, p in (("expert_masking", masking), ("gating_dropout", local)):
+        if not 0 <= p < 1:
+            raise ConfigError(f"{name} is a probability below 1, not {p}.")
+    if local and groups < 2:
+        raise ConfigError(f"gating_dropout={local} needs gating_groups of at least 2 to keep tokens in, not {groups}.")
+    if local and num_experts // groups < k:
+        raise ConfigError(
+            f"gating_groups={groups} groups of {num_experts} experts hold {num_experts // groups} each, fewer than k={k}; "
+            "use fewer groups."
+        )

@@ -32,6 +32,7 @@ from moesaic.nn.linear import Linear, init_fan_in_
 from moesaic.nn.mlp import MLP
 from moesaic.nn.norm import make_norm
 from moesaic.routing import ROUTERS, check_losses, router_options
+from moesaic.routing.balance import evidence_needed, prototype_memory
 from moesaic.routing.depth import DEPTH_ROUTERS, DepthRouter
 from moesaic.routing.options import check_options, options_of
 
@@ -136,8 +137,15 @@ def build_ffn(config: ModelConfig, layer: int) -> MLP | MoE:
         backend=moe.backend,
         expert_kind=moe.expert_kind,
         rules=moe.rules,
+        expert_dropout=moe.expert_dropout,
+        expert_masking=moe.expert_masking,
+        gating_dropout=moe.gating_dropout,
+        gating_groups=moe.gating_groups,
     )
-    check_losses(moe.losses, sparse.router, has_rules=moe.rules is not None and moe.rules.hard)
+    check_losses(moe.losses, sparse.router, moe.loss_options, has_rules=moe.rules is not None and moe.rules.hard)
+    sparse.evidence = evidence_needed(moe.losses, moe.loss_options)
+    width = config.dim // moe.heads
+    sparse.memory = prototype_memory(moe.losses, moe.loss_options, width, sparse.router.num_experts)
     if not moe.router.allow_leak:
         _refuse_leaks(moe, sparse)
     return sparse

@@ -51,11 +51,15 @@ class MoEConfig:
         heads: sub-tokens each token is cut into, each routed by itself (multi-head MoE); 1 routes whole tokens.
         capacity: drop rule; None is dropless.
         losses: coefficients of balancing losses by name, see ``routing.LOSSES``.
+        loss_options: loss -> its options, for example ``{"v2_device": {"devices": 8}}``.
         loss_scope: over what the Switch loss counts load.
         backend: of the grouped products.
         expert_kind: "ffn", or "neuron": single neurons for layers of very many experts; ``hidden`` must be 1, and ``gated`` does
             not apply to them.
         rules: which tokens may use which experts, in every sparse layer (``routing/rules.py``).
+        expert_dropout: dropout on the hidden units of experts, in training (Switch fine-tuning: 0.4).
+        expert_masking: probability of an expert to be out for a whole batch, in training.
+        gating_dropout, gating_groups: probability of a batch to keep to local experts, in training, and the number of groups.
     """
 
     num_experts: int | tuple[int, ...] = 16
@@ -72,10 +76,15 @@ class MoEConfig:
     heads: int = 1
     capacity: CapacityRule | None = None
     losses: dict[str, float] = field(default_factory=lambda: {"switch": 1e-2, "z": 1e-3})
+    loss_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     loss_scope: Scope = "micro_batch"
     backend: Backend = "auto"
     expert_kind: ExpertKind = "ffn"
     rules: RuleSet | None = None
+    expert_dropout: float = 0.0
+    expert_masking: float = 0.0
+    gating_dropout: float = 0.0
+    gating_groups: int = 1
 
 
 @dataclass(frozen=True)

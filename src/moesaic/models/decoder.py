@@ -25,6 +25,7 @@ from moesaic.nn.linear import Linear
 from moesaic.nn.rope import rope_tables
 from moesaic.plan.plan import Gate, RoutingPlan, SoftPlan
 from moesaic.routing import TokenContext
+from moesaic.routing.dropout import falls_on
 from moesaic.routing.depth import DepthRouter
 
 
@@ -99,6 +100,7 @@ class Decoder(nn.Module):
             tenant_T=None if tenant_BS is None else tenant_BS.reshape(-1),
             metadata={name: fact_BS.reshape(-1) for name, fact_BS in (metadata or {}).items()},
             generator=generator,
+            stay_local=self._stays_local(generator),
         )
         x_BSD = F.embedding(ids_BS, self.embedding.weight).to(self.compute_dtype or self.embedding.weight.dtype)
         plans: dict[int, RoutingPlan | SoftPlan] = {}
@@ -126,6 +128,13 @@ class Decoder(nn.Module):
     def depth_routers(self) -> dict[int, DepthRouter]:
         """Depth routers of Mixture-of-Depths blocks by block index."""
         return {i: block.depth for i, block in enumerate(self.blocks) if isinstance(block, DepthBlock)}
+
+    def _stays_local(self, generator: torch.Generator | None) -> bool | None:
+        """One draw of gating dropout for all layers: only then does a step really go without the exchange."""
+        moe = self.config.moe
+        if moe is None or not moe.gating_dropout or not self.training:
+            return None
+        return falls_on(moe.gating_dropout, generator)
 
     def _attention_context(
         self, position_BS: Tensor, valid_BS: Tensor | None, document_BS: Tensor | None, cache: KVCache | None

@@ -10,7 +10,7 @@
 | overflow | where the others go |
 |---|---|
 | residual | nowhere: the residual stream carries the token, and shared experts where there are any |
-| shared | the same; layers without shared experts refuse it, so it says that these are meant to |
+| shared | the same plan; it says that shared experts are meant to carry such tokens (``moesaic lint`` asks for some) |
 | fallback_expert | to one expert without limit |
 | next_best | to the token's next best expert with room, rank by rank, weight unchanged (No-Token-Left-Behind, Switch) |
 | reroute_to_free | to the lowest expert with room |
