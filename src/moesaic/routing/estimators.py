@@ -157,7 +157,8 @@ class Reinforce(Router):
     Args:
         baseline: "ema": the running mean of the steps' mean reward; "learned": that plus a linear head on the router's
             (detached) input, taught by squared error, which costs D + 1 parameters.
-        ema_decay: of the running mean (a plain mean until 1 / (1 - decay) steps have been seen).
+        ema_decay: of the running mean (a plain mean until 1 / (1 - decay) steps have been seen). A mean over a batch is already
+            smooth; a longer memory would only lag behind a falling loss.
         entropy_bonus: coefficient of the mean entropy of p, which is added to what is maximised.
         value_weight: coefficient of the learned head's squared error. Nobody else reads that gradient, so an optimiser that
             normalises it does not care; small, because it counts in the global norm that clipping looks at.
@@ -181,7 +182,7 @@ class Reinforce(Router):
         k: int,
         *,
         baseline: Literal["ema", "learned"] = "ema",
-        ema_decay: float = 0.99,
+        ema_decay: float = 0.9,
         entropy_bonus: float = 1e-2,
         value_weight: float = 1e-2,
         init_std: float = 0.02,
