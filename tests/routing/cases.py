@@ -159,7 +159,7 @@ CASES = [
     Case("expert_choice", {"group": "position"}, experts=4, k=1),
     Case("expert_choice", {"group": "position", "inference": "topc"}, experts=4, k=1),
     Case("expert_choice", {"max_experts": 3}),
-    Case("expert_choice", {"max_experts": 2, "group": "sequence", "inference": "topc"}),
+    Case("expert_choice", {"max_experts": 2, "group": "sequence", "inference": "topc"}, k=1),
 ]
 
 

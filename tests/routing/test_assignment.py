@@ -212,6 +212,10 @@ def test_the_same_twice_and_no_gradient() -> None:
     assert not solve(scores_TE).price_E.requires_grad
 
 
+def test_compilers_see_one_operator() -> None:
+    torch.library.opcheck(assign_balanced, (random_scores("normal", 24, 4),))
+
+
 scores = st.integers(1, 6).flatmap(
     lambda E: st.integers(1, 24).flatmap(
         lambda T: st.lists(

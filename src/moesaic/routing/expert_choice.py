@@ -12,10 +12,10 @@ have many, and some none (they pass by the residual alone). No auxiliary loss is
 
 ``max_experts`` (EC-CAP): experts take the largest of A instead of S, which solves ``max <A, S> + cap_temperature H(A)`` with
 every expert's column summing to C, every token's row to at most max_experts, and 0 <= A <= 1. The paper iterates Dykstra's
-projections; here ``A = min(1, exp((S + alpha_e - beta_t) / cap_temperature))`` and the multipliers are solved for in turn, each
-exactly, which was at the solution after 10 rounds where Dykstra's was far from it after 100 (docs/log.md). A is nearly of whole
-numbers, so the cap is nearly kept; a token over it gives up its smallest entries, so it holds, and loads are equal but for
-those. The paper found that a cap of 2 costs accuracy and a cap of 3 does not.
+projections; here ``A = min(1, exp((S + alpha_e - beta_t) / t))``, and the multipliers are solved for in turn, each exactly,
+while t cools down: Dykstra's was still far from the cap after 100 rounds at 0.001. The paper stops there, with the cap nearly
+kept; here a token over it turns experts down and they take their next best, so the cap holds, at the price of a few places
+left empty (loads are nearly equal). The paper found that a cap of 2 costs accuracy and a cap of 3 does not.
 
 Nothing of this can be repeated while generating, when later tokens and the rest of the batch are not there. So ``inference``:
 "predictor" trains a linear head with a bias per expert, behind a stop-gradient, to foretell from a token's vector whether each
@@ -44,6 +44,8 @@ from moesaic.routing.context import NO_CONTEXT, TokenContext
 from moesaic.routing.facts import Cost, Facts
 from moesaic.routing.gate import LinearGate, Outcome, Router, check_k, choose, ruled
 
+NEXT_BEST = 8  # rounds in which experts replace tokens that are over the cap
+
 
 class ExpertChoice(Router):
     """Experts choose tokens.
@@ -51,10 +53,10 @@ class ExpertChoice(Router):
     Args:
         k: experts per token on average (the paper's capacity factor c).
         group: who competes, see the table.
-        max_experts: at most so many experts per token; None is no cap.
+        max_experts: at most so many experts per token; None is no cap, and k leaves (nearly) every token with exactly k.
         cap_temperature: of the capped problem: the colder, the nearer A is to whole numbers (0.001 is the paper's, from memory,
             not checked).
-        cap_iterations: rounds of its solver.
+        cap_iterations: rounds of its solver; each halves the temperature, from 1/2.
         inference: "predictor" or "topc", see above.
         predictor_loss: coefficient of the predictor's cross entropy, a mean over tokens, experts and layers. It teaches the
             predictor alone.
@@ -85,7 +87,7 @@ class ExpertChoice(Router):
         group: Literal["batch", "sequence", "position"] = "batch",
         max_experts: int | None = None,
         cap_temperature: float = 1e-3,
-        cap_iterations: int = 10,
+        cap_iterations: int = 12,
         inference: Literal["predictor", "topc"] = "predictor",
         predictor_loss: float = 0.1,
         threshold: float = 0.5,
@@ -183,13 +185,12 @@ class ExpertChoice(Router):
             number_G = ctx.valid_T[token_Gn].sum(dim=1)
         takes_G = places(number_G, self.k, E)
         score_GEn = score_TE[token_Gn].transpose(1, 2)
+        most = int(places(torch.tensor(n), self.k, E))
+        place_C = torch.arange(most, device=score_GEn.device)
+        kept_GEC = (place_C < takes_G[:, None, None]).expand(G, E, most)
         if self.max_experts is not None:
             score_GEn = capped(score_GEn, takes_G, self.max_experts, self.cap_temperature, self.cap_iterations)
-        most = int(places(torch.tensor(n), self.k, E))
-        best_GEC = torch.sort(score_GEn, dim=2, descending=True, stable=True).indices[:, :, :most]
-        kept_GEC = (torch.arange(most, device=best_GEC.device) < takes_G[:, None, None]).expand(best_GEC.shape)
-        if self.max_experts is not None:
-            kept_GEC = kept_GEC & _within_cap(score_GEn, best_GEC, kept_GEC, self.max_experts)
+        best_GEC, kept_GEC = _pick(score_GEn, kept_GEC, self.max_experts)
         expert_GEC = torch.where(kept_GEC, torch.arange(E, device=best_GEC.device)[:, None], E)
         token_GEC = token_Gn[:, None].expand(G, E, n).gather(2, best_GEC)
         return self._plan(token_GEC.flatten(), expert_GEC.flatten(), gate, ctx)
@@ -225,24 +226,29 @@ def places(number: Tensor, k: int, num_experts: int) -> Tensor:
 
 @torch.no_grad()
 def capped(score_GEn: Tensor, takes_G: Tensor, most: int, temperature: float, iterations: int) -> Tensor:
-    """``log A`` (G, E, n), not cut at 0: block ascent on the dual of the capped problem. Pairs that score -inf stay there."""
+    """(G, E, n) ``S + alpha - beta``, in order of A: block ascent on the dual of the capped problem, cooled.
+
+    ``A = min(1, exp(result / temperature))``. Pairs that score -inf stay there.
+    """
     if not score_GEn.numel():
         return score_GEn
-    cold_GEn = score_GEn / temperature
     takes_G11 = takes_G[:, None, None].to(score_GEn.dtype)
-    alpha_GE1 = _shift(cold_GEn, takes_G11, dim=2)
     beta_G1n = score_GEn.new_zeros(())
-    for _ in range(iterations):
-        beta_G1n = -_shift(cold_GEn + alpha_GE1, score_GEn.new_tensor(most), dim=1).clamp(max=0.0)
-        alpha_GE1 = _shift(cold_GEn - beta_G1n, takes_G11, dim=2)
-    return cold_GEn + alpha_GE1 - beta_G1n
+    alpha_GE1 = beta_G1n
+    for step in range(iterations):
+        # Cold from the start, either multiplier could only follow the other by one temperature per round.
+        t = max(0.5 ** (step + 1), temperature)
+        alpha_GE1 = t * _shift((score_GEn - beta_G1n) / t, takes_G11, dim=2)
+        beta_G1n = -t * _shift((score_GEn + alpha_GE1) / t, takes_G11.new_tensor(most), dim=1).clamp(max=0.0)
+    alpha_GE1 = t * _shift((score_GEn - beta_G1n) / t, takes_G11, dim=2)
+    return score_GEn + alpha_GE1 - beta_G1n
 
 
 def _shift(y: Tensor, total: Tensor, dim: int) -> Tensor:
     """The s for which ``min(1, exp(y + s))`` sums to ``total`` along ``dim``.
 
-    With the m largest entries at 1, ``exp(s) = (total - m) / sum of exp(y) of the rest``; the right m is the least for which the
-    next entry then stays below 1.
+    With the m largest entries at 1, ``exp(s) = (total - m) / sum of exp(y) of the rest``; the right m is the least one
+    for which the next entry stays below 1.
     """
     y = y.sort(dim=dim, descending=True).values
     rest = y.flip(dim).logcumsumexp(dim).flip(dim)
@@ -252,10 +258,22 @@ def _shift(y: Tensor, total: Tensor, dim: int) -> Tensor:
     return s.gather(dim, fits.to(torch.uint8).argmax(dim=dim, keepdim=True)).nan_to_num(posinf=0.0)
 
 
-def _within_cap(score_GEn: Tensor, best_GEC: Tensor, kept_GEC: Tensor, most: int) -> Tensor:
-    """bool (G, E, C): picks that are among their token's ``most`` best."""
-    picked_GEn = torch.zeros_like(score_GEn, dtype=torch.bool).scatter_(2, best_GEC, kept_GEC)
-    order_GEn = torch.sort(
-        score_GEn.masked_fill(~picked_GEn, float("-inf")), dim=1, descending=True, stable=True
-    ).indices
-    return order_GEn.argsort(dim=1).gather(2, best_GEC) < most
+@torch.no_grad()
+def _pick(score_GEn: Tensor, kept_GEC: Tensor, cap: int | None) -> tuple[Tensor, Tensor]:
+    """Every expert's best C tokens (G, E, C), and which of these places are used.
+
+    Under a cap a token keeps its best experts of those that want it; the others take their next best, for a few rounds, after
+    which places in question stay empty.
+    """
+    C = kept_GEC.shape[2]
+    if cap is None:
+        return torch.sort(score_GEn, dim=2, descending=True, stable=True).indices[:, :, :C], kept_GEC
+    for _ in range(NEXT_BEST):
+        best_GEn = torch.sort(score_GEn, dim=2, descending=True, stable=True)
+        best_GEC = best_GEn.indices[:, :, :C]
+        wants_GEC = kept_GEC & (best_GEn.values[:, :, :C] != float("-inf"))
+        wants_GEn = torch.zeros_like(score_GEn, dtype=torch.bool).scatter_(2, best_GEC, wants_GEC)
+        wanted_GEn = score_GEn.masked_fill(~wants_GEn, float("-inf"))
+        rank_GEn = torch.sort(wanted_GEn, dim=1, descending=True, stable=True).indices.argsort(dim=1)
+        score_GEn = score_GEn.masked_fill(wants_GEn & (rank_GEn >= cap), float("-inf"))
+    return best_GEC, wants_GEC & (rank_GEn.gather(2, best_GEC) < cap)

@@ -161,7 +161,7 @@ def sinkhorn(scores_TE: Tensor, tolerance: float = 1e-4, max_iterations: int = 1
         before_E, log_v_E = log_v_E, -math.log(E) - (scores_TE + log_u_T1).logsumexp(dim=0)
         if float((log_v_E - before_E).abs().mean()) <= tolerance:
             break
-    return scores_TE + log_v_E - math.log(T) - (scores_TE + log_v_E).logsumexp(dim=1, keepdim=True)
+    return (scores_TE + log_v_E).log_softmax(dim=1) - math.log(T)
 
 
 @torch.no_grad()
