@@ -122,3 +122,13 @@ def test_no_tokens_no_nan() -> None:
     plan = _topk([[0, 1]], 2, [0], [[NAN, NAN]])
     for value in (read.router_entropy(plan), read.margin(plan), read.drop_rate(plan), read.overlap(plan, plan)):
         assert math.isfinite(float(value))
+
+
+def test_very_many_loads_are_logged_in_groups_of_neighbours() -> None:
+    counts_E = torch.arange(10_000)
+    logged = read.logged_load(counts_E)
+    assert len(logged) == read.num_logged(10_000) == 3334  # groups of 3
+    assert logged[:2].tolist() == [0 + 1 + 2, 3 + 4 + 5]
+    assert int(logged.sum()) == int(counts_E.sum())
+    assert read.num_logged(16) == 16
+    assert torch.equal(read.logged_load(counts_E[:16]), counts_E[:16])

@@ -159,7 +159,10 @@ def variant_model(base: ModelConfig, variant: Variant, num_tokens: int, num_sequ
         raise ConfigError("A comparison of routers starts from a sparse model whose layers are all alike.")
     target = layer_flops(layer_of(base), num_tokens, num_sequences, moe.router.options)
     settings = to_dict(base)
-    settings["moe"] |= {"router": {"name": variant.router, "options": dict(variant.options), "allow_leak": True}}
+    options = dict(variant.options)
+    if variant.router == "soft_moe":
+        options.setdefault("tokens", num_tokens // num_sequences)
+    settings["moe"] |= {"router": {"name": variant.router, "options": options, "allow_leak": True}}
     k = moe.num_experts if variant.k == "all" else variant.k or moe.k
     settings["moe"] |= {"k": k, "losses": {}, "capacity": None, **variant.moe}
     if variant.depth is not None:

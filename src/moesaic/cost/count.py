@@ -36,6 +36,7 @@ def count_parameters(model: Decoder) -> ParameterCount:
 
     A token counts as using its router's k experts; zero-computation experts may make the true number smaller. Multi-head layers
     use the same experts for every sub-token, and count them (under "experts") as often: active means FLOPs there.
+    Tokens that skip a Mixture-of-Depths block use none of it but its depth router, yet are counted as if they took every block.
     """
     parts = {"embedding": model.embedding.weight.numel(), "head": 0}
     if model.head.weight is not model.embedding.weight:

@@ -30,7 +30,7 @@ def layer_flops(layer: MoE, num_tokens: int, num_sequences: int, options: Mappin
     cost = type(router).cost(length * heads, stacked.dim, router.num_experts, router.k, **options)
     total = cost.flops / length + router.rows_per_token * heads * per_row
     if layer.shared is not None:
-        total += 2 * _size(layer.shared)
+        total += 2 * heads * _size(layer.shared)
     if heads > 1:
         total += 4 * layer.dim**2  # into sub-tokens and back
     slots = getattr(router, "slots_per_expert", 0)

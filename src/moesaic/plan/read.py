@@ -19,6 +19,21 @@ def load(plan: AnyPlan) -> Tensor:
     return plan.choice_counts_E if isinstance(plan, RoutingPlan) else plan.counts_E
 
 
+MOST_LOGGED = 4096  # loads a log keeps per layer and step; with more experts neighbours are added up
+
+
+def logged_load(counts_E: Tensor) -> Tensor:
+    """The loads as logs keep them: one per expert, or with very many (PEER) sums over groups of neighbours."""
+    E = counts_E.shape[0]
+    group = -(-E // MOST_LOGGED)
+    return torch.nn.functional.pad(counts_E, (0, -E % group)).view(-1, group).sum(dim=1) if group > 1 else counts_E
+
+
+def num_logged(num_experts: int) -> int:
+    """How many numbers ``logged_load`` gives."""
+    return -(-num_experts // -(-num_experts // MOST_LOGGED))
+
+
 def max_violation(counts_E: Tensor) -> Tensor:
     """MaxVio = max load / mean load - 1 (Wang et al. 2024): 0 at perfect balance, E/k - 1 at collapse; 0 without load."""
     counts_E = counts_E.double()

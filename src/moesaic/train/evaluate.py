@@ -15,7 +15,7 @@ from moesaic.data.packing import IGNORE, PackedRows
 from moesaic.errors import DataError
 from moesaic.models.decoder import Decoder
 from moesaic.plan.plan import RoutingPlan
-from moesaic.plan.read import load_by_label
+from moesaic.plan.read import load_by_label, logged_load
 from moesaic.train.step import forward
 
 
@@ -102,5 +102,5 @@ def evaluate(
         loss=float(sums_L.sum() / total),
         tokens=total,
         by_domain={labels[i]: float(sums_L[i] / counts_L[i]) for i in seen},
-        domain_load={labels[i]: [load_LE[i].tolist() for load_LE in loads.values()] for i in seen},
+        domain_load={labels[i]: [logged_load(load_LE[i]).tolist() for load_LE in loads.values()] for i in seen},
     )

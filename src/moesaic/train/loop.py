@@ -30,6 +30,7 @@ from moesaic.infer.generate import generate
 from moesaic.models.build import build_model
 from moesaic.models.config import ModelConfig
 from moesaic.models.decoder import Decoder
+from moesaic.plan.read import num_logged
 from moesaic.plan.store import TraceWriter
 from moesaic.train.config import TrainConfig
 from moesaic.train.evaluate import Evaluation, evaluate, spread
@@ -223,7 +224,7 @@ class _Run:
             "params_total": counts.total,
             "params_active": counts.active,
             "layers": list(sparse),
-            "num_experts": [layer.router.num_experts for layer in sparse.values()],
+            "num_experts": [num_logged(layer.router.num_experts) for layer in sparse.values()],
             "routers": sorted({_router_name(self.config.model)} if sparse else set()),
             "domains": list(self.corpus.labels),
             "model": "sparse" if sparse else "dense",

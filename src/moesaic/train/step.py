@@ -65,7 +65,7 @@ class StepReading:
         chosen = [max(int(r.load_E.sum()), 1) for r in layers]
         tokens = [max(r.tokens, 1.0) for r in layers]
         return {
-            "load": [r.load_E.tolist() for r in layers],
+            "load": [read.logged_load(r.load_E).tolist() for r in layers],
             "max_vio": [float(read.max_violation(r.load_E)) for r in layers],
             "drop_rate": [r.dropped / c for r, c in zip(layers, chosen, strict=True)],
             "entropy": [r.entropy / t for r, t in zip(layers, tokens, strict=True)],
