@@ -152,6 +152,7 @@ CASES = [
     Case("base", k=1),
     Case("sinkhorn", k=1),
     Case("sinkhorn"),
+    Case("sinkhorn", {"temperature": 0.3}),
     Case("expert_choice"),
     Case("expert_choice", {"inference": "topc"}),
     Case("expert_choice", {"group": "sequence"}),

@@ -133,6 +133,16 @@ def test_sinkhorn_router_by_hand() -> None:
     assert router.eval()(scores).expert_TK[:, 0].tolist() == [0, 0, 0, 0]
 
 
+def test_a_colder_plan_is_better_balanced_in_its_largest_entries() -> None:
+    # Small scores that vary ten times more for the last expert than for the first: the last is most tokens' best or worst.
+    logits_TE = 0.02 * skewed(512, 8) * torch.linspace(0.2, 2, 8, dtype=torch.float64)
+    router = by_identity(Sinkhorn(8, 8, 1))
+    flat = float(max_violation(router(logits_TE).counts_E))
+    router.temperature = 0.01
+    cold = float(max_violation(router(logits_TE).counts_E))
+    assert cold < 0.3 < 0.7 < flat
+
+
 @pytest.mark.parametrize("k", [1, 2, 8])
 def test_sinkhorn_weights_and_gradients_are_those_of_raw_scores(k: int) -> None:
     router, x_TD = sharp(Sinkhorn(16, 8, k)), skewed(48, 16).requires_grad_()
@@ -220,6 +230,7 @@ def test_one_expert(name: str, k: int) -> None:
         ("base", 2, {}, 'k must be 1, not 2; use "sinkhorn"'),
         ("base", 1, {"gain": 0.0}, "gain must be above 0"),
         ("sinkhorn", 9, {}, "k=9 experts per token are impossible"),
+        ("sinkhorn", 1, {"temperature": 0.0}, "temperature must be above 0"),
         ("sinkhorn", 1, {"tolerance": -1.0}, "tolerance must be at least 0"),
         ("sinkhorn", 1, {"max_iterations": 0}, "max_iterations must be at least 1"),
     ],

@@ -93,7 +93,12 @@ class Base(Router):
 class Sinkhorn(Router):
     """S-BASE: the k largest entries per token of the entropic transport plan between tokens and experts.
 
+    The plan is balanced; its largest entries need not be. Where some experts' scores vary more than others', or tokens repeat,
+    and scores are small against ``temperature``, as early in training, some expert gets two or three times its share.
+
     Args:
+        temperature: the plan is that of ``exp(z / temperature)``; 1 is the paper's. Colder is better balanced, as long
+            as the iterations suffice.
         tolerance: iterations end when the columns' log factors move less than this on average (Megatron-LM compares the
             factors themselves, whose size depends on the scores).
         max_iterations: and at the latest after this many.
@@ -108,18 +113,21 @@ class Sinkhorn(Router):
         num_experts: int,
         k: int,
         *,
+        temperature: float = 1.0,
         tolerance: float = 1e-4,
         max_iterations: int = 100,
         init_std: float = 0.02,
     ) -> None:
         super().__init__()
         check_k(k, num_experts)
+        if not temperature > 0:
+            raise ConfigError(f"temperature must be above 0, not {temperature}.")
         if not tolerance >= 0:
             raise ConfigError(f"tolerance must be at least 0, not {tolerance}.")
         if max_iterations < 1:
             raise ConfigError(f"max_iterations must be at least 1, not {max_iterations}.")
         self.num_experts, self.k = num_experts, k
-        self.tolerance, self.max_iterations = tolerance, max_iterations
+        self.temperature, self.tolerance, self.max_iterations = temperature, tolerance, max_iterations
         if k > 1:
             self.facts = replace(self.facts, teaches="all")  # the softmax has every logit in its denominator
         self.gate = LinearGate(dim, num_experts, init_std=init_std)
@@ -131,7 +139,7 @@ class Sinkhorn(Router):
         choice_TE = logits_TE
         if self.training:
             place_R, scores_RE = placed(logits_TE, ctx)
-            log_plan_RE = sinkhorn(scores_RE, self.tolerance, self.max_iterations)
+            log_plan_RE = sinkhorn(scores_RE / self.temperature, self.tolerance, self.max_iterations)
             choice_TE = torch.zeros_like(logits_TE).index_copy_(0, place_R, log_plan_RE)
         expert_TK = choose(choice_TE, self.k, ctx.allowed_TE)
         return self.plan(expert_TK, self.weigh(gate, expert_TK), ctx, gate)
