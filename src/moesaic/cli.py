@@ -338,6 +338,8 @@ def info(
         **{f"{kind}_experts": None if moe is None else getattr(moe, kind) for kind in _OTHER_EXPERTS},
         "expert_width": None if moe is None else to_dict(moe.hidden),
         "router": None if moe is None else {"name": moe.router.name, **moe.router.options},
+        "depth_layers": list(config.depth_layers) or None,
+        "depth": None if config.depth is None else {"name": config.depth.router, "capacity": config.depth.capacity},
     }
     if json:
         parts = {p: {"total": n, "active": counts.active_parts[p]} for p, n in counts.parts.items()}

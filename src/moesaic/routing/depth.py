@@ -12,6 +12,11 @@ nothing but itself. ``x`` is the residual stream as the block receives it, not n
 The decision is a plan with one expert, the block (``models/depth.py``): ``weight_N`` is r (or sigmoid(r)), which scales what
 the block adds and through which w learns. Ties go to the earlier token. Padding is never chosen.
 
+The predictor lags: at first it learns the base rate and says no to everybody, and a model validated then is one without these
+blocks. Measured (c = 0.25, D = 64, one seed): after 60 steps three of the four depth blocks of two models agreed with the
+choice on 75% of tokens, the base rate; after 150 steps the two of one model did on 87% and 89%. A falling loss alone does not
+show it; compare ``kept_N`` in both modes.
+
 Legend: T tokens (B sequences of S), D model width, P width of the predictor.
 """
 
