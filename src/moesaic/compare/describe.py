@@ -23,7 +23,7 @@ _LENGTH = _TOKENS // _SEQUENCES
 
 @dataclass(frozen=True)
 class Description:
-    """One variant: facts of its router, and its price in the base model of ``moesaic compare`` (D=96, E=16, K=2, 128 tokens a sequence)."""
+    """One variant: facts of its router, and its price in the base model of ``moesaic compare``."""
 
     name: str
     title: str

@@ -7,4 +7,13 @@ from moesaic.experts.neurons import NeuronExperts
 from moesaic.experts.special import SharedExperts, WithSpecialExperts
 from moesaic.experts.stacked import StackedExperts
 
-__all__ = ["Dispatcher", "MoE", "MultiHeadMoE", "NeuronExperts", "SharedExperts", "StackedExperts", "WithSpecialExperts", "dispatch_local"]
+__all__ = [
+    "Dispatcher",
+    "MoE",
+    "MultiHeadMoE",
+    "NeuronExperts",
+    "SharedExperts",
+    "StackedExperts",
+    "WithSpecialExperts",
+    "dispatch_local",
+]

@@ -54,8 +54,8 @@ class MoEConfig:
         loss_options: loss -> its options, for example ``{"v2_device": {"devices": 8}}``.
         loss_scope: over what the Switch loss counts load.
         backend: of the grouped products.
-        expert_kind: "ffn", or "neuron": single neurons for layers of very many experts; ``hidden`` must be 1, and ``gated`` does
-            not apply to them.
+        expert_kind: "ffn", or "neuron": single neurons for layers of very many experts; ``hidden`` must be 1, and ``gated``
+            does not apply to them.
         rules: which tokens may use which experts, in every sparse layer (``routing/rules.py``).
         expert_dropout: dropout on the hidden units of experts, in training (Switch fine-tuning: 0.4).
         expert_masking: probability of an expert to be out for a whole batch, in training.

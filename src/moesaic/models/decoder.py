@@ -25,8 +25,8 @@ from moesaic.nn.linear import Linear
 from moesaic.nn.rope import rope_tables
 from moesaic.plan.plan import Gate, RoutingPlan, SoftPlan
 from moesaic.routing import TokenContext
-from moesaic.routing.dropout import falls_on
 from moesaic.routing.depth import DepthRouter
+from moesaic.routing.dropout import falls_on
 
 
 class Decoder(nn.Module):
