@@ -37,6 +37,14 @@ class Outer:
     text: str | None = None
 
 
+def test_a_number_or_a_word() -> None:
+    rule = from_dict(CapacityRule, {"factor": "exact", "max_factor": 2})
+    assert (rule.factor, rule.max_factor) == ("exact", 2.0)
+    assert from_dict(CapacityRule, json.loads(json.dumps(to_dict(rule)))) == rule
+    with pytest.raises(ConfigError, match="^capacity.factor must be a number or 'exact', not \"exat\".$"):
+        from_dict(CapacityRule, {"factor": "exat"}, "capacity")
+
+
 def test_defaults_and_nested_values() -> None:
     data = {"name": "n", "inner": {"size": 4}, "maybe": {"rate": 2}, "sizes": [1, 2], "losses": {"z": 1}, "kind": "b"}
     made = from_dict(Outer, data)

@@ -177,6 +177,8 @@ _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true o
 def _hint_name(hint: Any) -> str:
     if get_origin(hint) is tuple:
         return "a list"
+    if get_origin(hint) is typing.Literal:
+        return " or ".join(map(repr, get_args(hint)))
     return _NAMES.get(hint, getattr(hint, "__name__", str(hint)))
 
 
