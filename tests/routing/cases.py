@@ -150,6 +150,7 @@ CASES = [
     Case("memory", {"threshold": -1.0}),
     Case("memory", {"capacity": 16, "tenants": 2, "neighbors": 3, "threshold": 0.2, "beta": 2.0}, k=1),
     Case("base", k=1),
+    Case("base", {"solver": "auction"}, k=1),
     Case("sinkhorn", k=1),
     Case("sinkhorn"),
     Case("sinkhorn", {"temperature": 0.3}),

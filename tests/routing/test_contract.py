@@ -252,7 +252,9 @@ def test_forward_changes_no_state(case: Case, training: bool) -> None:
     before, names = {key: value.clone() for key, value in router.state_dict().items()}, set(vars(router))
     some_input().route(router)
     assert set(vars(router)) == names
-    if training and case.options.get("query_norm") == "batch":  # batch normalisation's running statistics, as stated there
+    if (
+        training and case.options.get("query_norm") == "batch"
+    ):  # batch normalisation's running statistics, as stated there
         before = {key: value for key, value in before.items() if "running_" not in key}
     assert all(torch.equal(value, router.state_dict()[key]) for key, value in before.items())
 

@@ -245,3 +245,16 @@ def test_facts_follow_k() -> None:
     assert Sinkhorn(16, 8, 2).facts.teaches == "all"
     assert not Base(16, 8).facts.causal
     assert Base(16, 8).facts.causal_in_evaluation
+
+
+def test_the_auction_of_the_paper_gives_the_same_balance_and_nearly_the_same_scores() -> None:
+    x_TD = torch.randn(64, 8, dtype=torch.float64)
+    exact, bids = (
+        build_router("base", 8, 4, 1, {"solver": solver, "epsilon": 1e-4}).double() for solver in ("exact", "auction")
+    )
+    bids.load_state_dict(exact.state_dict())
+    best, sold = exact(x_TD), bids(x_TD)
+    assert best.counts_E.tolist() == sold.counts_E.tolist() == [16] * 4
+    z_TE = best.gate.logits_TE
+    gain = (z_TE.gather(1, best.expert_TK) - z_TE.gather(1, sold.expert_TK)).sum()
+    assert 0 <= float(gain) <= 64 * 1e-4 * float(z_TE.max() - z_TE.min())

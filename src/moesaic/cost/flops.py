@@ -26,7 +26,9 @@ def layer_flops(layer: MoE, num_tokens: int, num_sequences: int, options: Mappin
     heads = getattr(layer, "heads", 1)
     stacked = layer.experts.stacked if isinstance(layer.experts, WithSpecialExperts) else layer.experts
     per_row = 2 * _size(stacked) / stacked.num_experts
-    length = max(1, num_tokens // num_sequences)  # sequence by sequence: attention in a router costs more in longer ones
+    length = max(
+        1, num_tokens // num_sequences
+    )  # sequence by sequence: attention in a router costs more in longer ones
     cost = type(router).cost(length * heads, stacked.dim, router.num_experts, router.k, **options)
     total = cost.flops / length + router.rows_per_token * heads * per_row
     if layer.shared is not None:

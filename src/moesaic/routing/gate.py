@@ -237,7 +237,9 @@ def ruled(logits_TE: Tensor, ctx: TokenContext) -> Tensor:
     expert. A token without any permitted expert keeps its logits (finite scores); its rows go nowhere all the same.
     """
     if ctx.evidence is not None:
-        ctx.evidence["free_logits_TE"] = logits_TE  # to be taught from: over masked ones, permitted experts always sum to 1
+        ctx.evidence["free_logits_TE"] = (
+            logits_TE  # to be taught from: over masked ones, permitted experts always sum to 1
+        )
     if ctx.rule_bias_TE is not None:
         logits_TE = logits_TE + ctx.rule_bias_TE.to(logits_TE.dtype)
     if ctx.allowed_TE is not None:

@@ -19,14 +19,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from moesaic.errors import ConfigError
+from moesaic.errors import ConfigError, one_of
 from moesaic.plan.plan import Gate, RoutingPlan
 from moesaic.routing.assignment import assign_balanced
+from moesaic.routing.auction import auction
 from moesaic.routing.context import NO_CONTEXT, TokenContext
 from moesaic.routing.facts import Cost, Facts
 from moesaic.routing.gate import LinearGate, Router, check_k, choose, ruled, score
@@ -51,11 +52,22 @@ class Base(Router):
 
     Args:
         gain: of the orthogonal initialisation of the experts' centroids w.
+        solver: "exact" (``assignment.py``), or the paper's "auction" (``auction.py``), within T * epsilon of it.
+        epsilon: of the auction, relative to the range of scores.
     """
 
     facts = replace(FACTS, balance="exact", experts="1", source="Lewis et al. 2021 (BASE layers)")
 
-    def __init__(self, dim: int, num_experts: int, k: int = 1, *, gain: float = 0.1) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        k: int = 1,
+        *,
+        gain: float = 0.1,
+        solver: Literal["exact", "auction"] = "exact",
+        epsilon: float = 1e-3,
+    ) -> None:
         super().__init__()
         check_k(k, num_experts)
         if k != 1:
@@ -64,7 +76,13 @@ class Base(Router):
             raise ConfigError(
                 f"gain must be above 0, not {gain}: with equal centroids the assignment would be arbitrary."
             )
+        one_of("solver", solver, ("exact", "auction"))
+        if not epsilon > 0:
+            raise ConfigError(
+                f"epsilon must be above 0, not {epsilon}: without it an auction of equal bids never ends."
+            )
         self.num_experts, self.k = num_experts, k
+        self.solver, self.epsilon = solver, epsilon
         self.gate = LinearGate(dim, num_experts, init_std=0.0)
         nn.init.orthogonal_(self.gate.weight, gain=gain)
 
@@ -75,7 +93,8 @@ class Base(Router):
         if self.training:
             expert_T1 = torch.full((len(x_TD), 1), self.num_experts, device=x_TD.device)
             place_R, scores_RE = placed(logits_TE, ctx)
-            expert_T1[place_R, 0] = assign_balanced(scores_RE)
+            exact = self.solver == "exact"
+            expert_T1[place_R, 0] = assign_balanced(scores_RE) if exact else auction(scores_RE, self.epsilon).expert_T
         else:
             expert_T1 = choose(logits_TE, 1, ctx.allowed_TE)
         return self.plan(expert_T1, self.weigh(gate, expert_T1), ctx, gate)
