@@ -68,6 +68,8 @@ CASES = [
     Case("topk", {"score": "sigmoid", "balance_bias": True, "scale": 2.5}),
     Case("topk", {"score": "sigmoid", "balance_bias": True, "groups": 4, "groups_kept": 2, "group_score": "top2_sum"}),
     Case("topk", {"score": "sqrt_softplus"}),
+    Case("topk", {"score": "sigmoid", "balance_bias": True, "bias_rule": "quantile"}),
+    Case("topk", {"balance_bias": True, "bias_rule": "pid", "ffn_rows": 1.5}, special=2),
     Case("switch", {"jitter": 0.3}, k=1),
     Case("gshard", {"second": "stochastic"}),
     Case("gshard", {"second": "threshold_stochastic"}),

@@ -20,7 +20,7 @@ applies to a token that meets all its conditions; a rule without conditions appl
   number as any other: ``{"task": [[null, -1]]}`` is a rule about it.
 
 Rules are evaluated outside the router, in integers, without gradient. In training "enforce" applies them and "teach" leaves
-the choice free (soft rules stay); in both the loss "semantic" (``routing/balance.py``) can teach the gate to obey by itself.
+the choice free (soft rules stay); in both the loss "semantic" (``balance/scores.py``) can teach the gate to obey by itself.
 
 Legend: T tokens, E experts, R rules or spans of numbers.
 """
