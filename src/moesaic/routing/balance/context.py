@@ -76,13 +76,9 @@ def entropy(share_XE: Tensor) -> Tensor:
 
 def counts_by_sequence(plan: RoutingPlan, num_sequences: int) -> Tensor:
     """int64 (B, E): rows chosen for each expert by each sequence."""
-    return _count(plan, plan.choice_N, plan.num_experts, num_sequences)
-
-
-def _count(plan: RoutingPlan, column_N: Tensor, columns: int, num_sequences: int) -> Tensor:
-    size = max(plan.num_tokens // num_sequences, 1)
-    cell_N = plan.token_N // size * (columns + 1) + column_N
-    return count_experts(cell_N, num_sequences * (columns + 1)).view(num_sequences, columns + 1)[:, :columns]
+    E, size = plan.num_experts, max(plan.num_tokens // num_sequences, 1)
+    cell_N = plan.token_N // size * (E + 1) + plan.choice_N  # the marker E has a column of its own, which is cut off
+    return count_experts(cell_N, num_sequences * (E + 1)).view(num_sequences, E + 1)[:, :E]
 
 
 def valid_by_sequence(plan: AnyPlan, num_sequences: int) -> Tensor:
