@@ -81,7 +81,7 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "table as a number": (train("--set", "data=3"), ("data must be a table", "3")),
     "more experts per token than experts": (train("--set", "model.moe.k=5"), ("model.moe.k=5", "between 1 and 4")),
     "k=1 renormalised": (train("--set", "model.moe.k=1"), ("k=1", "no gradient", 'normalize="none"')),
-    "unknown router": (train("--set", "model.moe.router.name=topp"), ('"topp"', 'Did you mean "topk"?')),
+    "unknown router": (train("--set", "model.moe.router.name=topkk"), ('"topkk"', 'Did you mean "topk"?')),
     "unknown router option": (
         train("--set", "model.moe.router.options.scor=sigmoid"),
         ('"scor"', 'Did you mean "score"?'),

@@ -92,8 +92,8 @@ def test_errors_are_one_family_and_in_words(folder: Path, tmp_path: Path) -> Non
         mo.load(tmp_path / "gone")
     with pytest.raises(mo.MoesaicError, match="k=9"):
         mo.MoE(dim=8, hidden=8, experts=4, k=9)
-    with pytest.raises(mo.ConfigError, match='no router "topp". Did you mean "topk"?'):
-        mo.MoE(dim=8, hidden=8, experts=4, router="topp")
+    with pytest.raises(mo.ConfigError, match='no router "topkk". Did you mean "topk"?'):
+        mo.MoE(dim=8, hidden=8, experts=4, router="topkk")
 
 
 def test_everything_named_is_there_and_documented() -> None:

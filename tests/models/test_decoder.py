@@ -162,7 +162,11 @@ def test_padding_is_in_no_statistic(router: str) -> None:
             torch.testing.assert_close(reading(other).double(), reading(plan).double(), **CLOSE)
         torch.testing.assert_close(read.co_activation(other), read.co_activation(plan))
         for name, loss in LOSSES.items():
-            torch.testing.assert_close(loss(other, LossContext()), loss(plan, LossContext()), **CLOSE, msg=name)
+            if name == "prototype":  # needs the router's inputs, kept in training on request
+                continue
+            options = dict.fromkeys(loss.required, 2)
+            values = [loss(one, LossContext(), **options) for one in (other, plan)]
+            torch.testing.assert_close(values[0], values[1], **CLOSE, msg=name)
         ctx = LossContext(1, "sequence")
         torch.testing.assert_close(LOSSES["switch"](other, ctx), LOSSES["switch"](plan, ctx), **CLOSE)
 

@@ -45,6 +45,7 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
     ({"loss_scope": "sequence", "losses": {"importance": 0.1}}, "warning", "model.moe.loss_scope", "not used"),
     (router(init_std=0.0), "warning", "model.moe.router.options.init_std", "ties go to the lowest"),
     (router(bias_rate=0.1), "warning", "model.moe.router.options.bias_rate", "Set balance_bias"),
+    (router(balance_bias=True, bias_p=2.0), "warning", "model.moe.router.options.bias_p", 'Set bias_rule="pid"'),
     (router(group_score="max"), "warning", "model.moe.router.options.group_score", "Set groups"),
     (router("gshard", threshold=0.3), "warning", "model.moe.router.options.threshold", "which is not set"),
     ({"capacity": CapacityRule(0.5)}, "warning", "model.moe.capacity.factor", "at least 50% of rows are dropped"),

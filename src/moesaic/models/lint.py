@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from moesaic.experts.layer import MoE
 from moesaic.models.config import MoEConfig
@@ -213,13 +213,18 @@ def _capacity(moe: MoEConfig, rule: CapacityRule | None, facts: Facts, k: int, e
 
 
 # Option -> the option (and value) without which it does nothing, of routers that have both.
-_NEEDS = {
-    "bias_rate": ("balance_bias", True),
-    "bias_rule": ("balance_bias", True),
+_NEEDS: dict[str, tuple[str, Any]] = {
+    **dict.fromkeys(("bias_rate", "bias_rule", "ffn_rows"), ("balance_bias", True)),
+    **dict.fromkeys(("bias_p", "bias_i", "bias_d", "bias_limit"), ("bias_rule", "pid")),
+    "bias_bins": ("bias_rule", "quantile"),
     "group_score": ("groups", None),
     "groups_kept": ("groups", None),
     "threshold": ("second", None),
 }
+
+
+def _said(option: str, value: Any) -> str:
+    return f'{option}="{value}"' if isinstance(value, str) else option
 
 
 def _idle(moe: MoEConfig, facts: Facts) -> Iterator[Finding]:
@@ -236,8 +241,8 @@ def _idle(moe: MoEConfig, facts: Facts) -> Iterator[Finding]:
             yield Finding(
                 "warning",
                 f"model.moe.router.options.{option}",
-                f"it acts only together with {other}, which is not set.",
-                f"Set {other}, or remove {option}.",
+                f"it acts only together with {_said(other, value)}, which is not set.",
+                f"Set {_said(other, value)}, or remove {option}.",
             )
     if moe.router.allow_leak and facts.causal and facts.batch_invariant and moe.capacity is None:
         yield Finding(

@@ -112,7 +112,7 @@ def train_step(
             loss = loss + value / len(batches)
             reading.losses[name] = reading.losses.get(name, 0.0) + value.item() / len(batches)
         if moe is not None and plans and moe.losses:
-            extra, values = _balance(plans, moe, reading, batch)
+            extra, values = _balance(plans, moe, reading, batch, step)
             loss = loss + extra / len(batches)
             for name, mean in values.items():
                 reading.losses[name] = reading.losses.get(name, 0.0) + mean / len(batches)
@@ -173,12 +173,14 @@ def _after_step(model: Decoder, reading: StepReading) -> None:
         depth.after_step(StepStats(mine.load_E, int(mine.tokens), share, mean_token_loss=reading.lm_loss))
 
 
-def _balance(plans: Plans, moe: MoEConfig, reading: StepReading, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+def _balance(
+    plans: Plans, moe: MoEConfig, reading: StepReading, batch: Batch, step: int
+) -> tuple[Tensor, dict[str, float]]:
     """Weighted balancing losses averaged over layers, and each one's unweighted mean."""
     totals, values = [], dict.fromkeys(moe.losses, 0.0)
     for layer, plan in plans.items():
         counts_E = reading.layers[layer].load_E  # this step's micro-batches so far, this one included
-        ctx = LossContext(batch.ids_BS.shape[0], moe.loss_scope, counts_E, batch.label_BS.flatten())
+        ctx = LossContext(batch.ids_BS.shape[0], moe.loss_scope, counts_E, batch.label_BS.flatten(), step)
         total, parts = balance_loss(plan, moe.losses, ctx, moe.loss_options)
         totals.append(total)
         for name, value in parts.items():

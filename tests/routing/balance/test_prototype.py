@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moesaic.plan import RoutingPlan
-from moesaic.routing import LOSSES, StepStats, TokenContext
+from moesaic.routing import LOSSES, LossContext, StepStats, TokenContext
 from moesaic.routing.balance import PrototypeMemory
 from moesaic.routing.balance.prototype import members
 from tests.routing.gates import identity_router, padded
@@ -204,3 +204,11 @@ def test_memory_lasts_and_stays_fp32() -> None:
     assert again.mean_EV.tolist() == [[4.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
     assert again.known_E.tolist() == [True, False, False]
     assert memory.to(torch.bfloat16).mean_EV.dtype == torch.float32
+
+
+def test_it_fades_in_over_the_first_steps() -> None:
+    plan = _plan(torch.randn(12, 4).softmax(1), torch.randn(12, 5))
+    full = float(_loss(plan))
+    for step, share in ((1, 0.001), (500, 0.5), (1000, 1.0), (5000, 1.0)):
+        assert float(_loss(plan, ctx=LossContext(step=step))) == pytest.approx(share * full, rel=1e-5)
+    assert float(_loss(plan, ctx=LossContext(step=1), warmup=0)) == pytest.approx(full)

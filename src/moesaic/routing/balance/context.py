@@ -27,6 +27,7 @@ class LossContext:
         scope: over what ``f`` of the Switch loss is counted.
         step_counts_E: with scope "global_batch", the choices counted so far in this optimiser step (earlier micro-batches and
             other ranks, this micro-batch included).
+        step: number of the optimiser step, from 1, for losses that fade in; None is long after the start.
         label_T: int64 domain, task or modality of each token, for losses that keep them apart; negative means unknown.
     """
 
@@ -34,6 +35,7 @@ class LossContext:
     scope: Scope = "micro_batch"
     step_counts_E: Tensor | None = None
     label_T: Tensor | None = None
+    step: int | None = None
 
     def labels(self, plan: AnyPlan) -> Tensor | None:
         """int64 (T,) labels of the plan's tokens; multi-head layers route several sub-tokens of each."""

@@ -46,6 +46,7 @@ def prototype_loss(
     detach: bool = True,
     ema: float | None = None,
     leave_one_out: bool = False,
+    warmup: int = 1000,
 ) -> Tensor:
     """The loss above.
 
@@ -55,7 +56,9 @@ def prototype_loss(
         ema: rho of ``mu <- rho * mu + (1 - rho) * mu_batch``, 0.99 usual; the sparse layer remembers mu between steps.
         leave_one_out: a token is compared with the prototype of its expert without itself, which small M otherwise flatters;
             a token that is all of its expert's prototype is left out of the mean.
+        warmup: the loss fades in linearly over this many steps, while experts have no prototype worth the name; 0: at once.
     """
+    faded = 1.0 if ctx.step is None or ctx.step >= warmup else ctx.step / warmup
     vector_TV = masked(vectors(plan, space), plan.valid_T)
     home_TE, top_TE = members(plan, most)
     counts_E = top_TE.sum(dim=0)
@@ -86,7 +89,7 @@ def prototype_loss(
         counted_T = counted_T & ((others_T > 0) | (home_TE @ (share_E1[:, 0] < 1).to(home_TE.dtype) > 0))
     sim_TE = sim_TE.masked_fill(~alive_E, -1e30)  # not -inf: with none alive a row must stay finite
     loss_T = -(sim_TE.log_softmax(dim=1) * home_TE).sum(dim=1)
-    return torch.where(alive_E.sum() >= 2, mean_over(loss_T, counted_T), 0.0)
+    return faded * torch.where(alive_E.sum() >= 2, mean_over(loss_T, counted_T), 0.0)
 
 
 def vectors(plan: RoutingPlan | SoftPlan, space: Space) -> Tensor:
@@ -170,6 +173,8 @@ def check_prototype(options: Mapping[str, Any], num_experts: int) -> None:
         raise ConfigError(f'Option tau of loss "prototype" must be above 0, not {options["tau"]}.')
     if options.get("most", 64) < 1:
         raise ConfigError(f'Option most of loss "prototype" must be at least 1, not {options["most"]}.')
+    if options.get("warmup", 0) < 0:
+        raise ConfigError(f'Option warmup of loss "prototype" must be at least 0, not {options["warmup"]}.')
     ema = options.get("ema")
     if ema is not None and not 0 <= ema < 1:
         raise ConfigError(f'Option ema of loss "prototype" must be at least 0 and below 1, not {ema}; 0.99 is usual.')
