@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +23,7 @@ from moesaic.errors import ConfigError
 from moesaic.report.compare import write_comparison
 from moesaic.train.config import TrainConfig
 from moesaic.train.log import read_metrics
-from tests.command import CONFIG, make_project
+from tests.command import CONFIG, environment, make_project
 
 NAMES = ("topk", "switch", "soft_moe")
 
@@ -111,6 +114,7 @@ def test_a_finished_comparison_is_not_run_again(finished: tuple[Path, dict[str, 
         prepare(wanted, tmp_path, resume=False, say=print)
 
 
+@pytest.mark.timeout(400)
 def test_a_failed_and_a_killed_run_cost_no_other(tmp_path: Path) -> None:
     wanted = settings(tmp_path, ("topk", "switch", "topk_plain"), seeds=1, steps=12)
     trials = prepare(wanted, tmp_path / "out", resume=False, say=print)
@@ -145,6 +149,22 @@ def test_a_failed_and_a_killed_run_cost_no_other(tmp_path: Path) -> None:
     assert steps == list(range(1, 13))
 
 
+@pytest.mark.timeout(400)
+def test_a_run_stops_cleanly_when_its_comparison_was_killed(tmp_path: Path) -> None:
+    trial = prepare(settings(tmp_path, ("topk",), seeds=1, steps=100_000), tmp_path / "out", resume=False, say=print)[0]
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-m', 'moesaic.compare.trial', {str(trial.folder)!r}])"
+    log = trial.folder / "run" / "metrics.jsonl"
+    with subprocess.Popen([sys.executable, "-c", code], env=environment()) as comparison:
+        while not log.exists():
+            time.sleep(0.1)
+        comparison.kill()
+    deadline = time.monotonic() + 120
+    while '"reason":"interrupted"' not in log.read_text() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert '"reason":"interrupted"' in log.read_text()
+
+
+@pytest.mark.timeout(400)
 def test_a_stop_ends_cleanly_and_resumes(tmp_path: Path) -> None:
     wanted = settings(tmp_path, ("topk", "switch"), seeds=1, steps=60)
     trials = prepare(wanted, tmp_path / "out", resume=False, say=print)

@@ -167,7 +167,7 @@ def run_trials(trials: Sequence[Trial], jobs: int, *, say: Say, show: Callable[[
             trial.state = "done"
     waiting = [trial for trial in trials if trial.state == "waiting"]
     running: list[Trial] = []
-    started = time.monotonic()
+    started = shown = time.monotonic()
     with StopRequest(say, resume_with="the same command with --resume") as stop:
         try:
             while running or (waiting and not stop.requested):
@@ -182,7 +182,9 @@ def run_trials(trials: Sequence[Trial], jobs: int, *, say: Say, show: Callable[[
                 if stop.requested:
                     for trial in running:
                         _interrupt(trial)
-                show(trials, time.monotonic() - started)
+                if time.monotonic() - shown >= 1 or not (running or waiting):
+                    shown = time.monotonic()
+                    show(trials, shown - started)
         finally:
             for trial in running:
                 assert trial.process is not None

@@ -9,7 +9,10 @@ Exit status: 0 done, 2 failed in words (``error.txt``), 3 stopped on request, an
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -152,5 +155,18 @@ def _timed(layers: list[MoE]) -> Iterator[list[float]]:
             del layer.route
 
 
+def _stop_with_parent() -> None:
+    """Ask for a clean stop when the comparison that started this run has died: nobody would read its result."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 if __name__ == "__main__":
+    _stop_with_parent()
     sys.exit(run_trial(Path(sys.argv[1])))

@@ -76,7 +76,7 @@ def _last_step(path: Path) -> tuple[int, float | None]:
         with path.open("rb") as file:
             file.seek(0, 2)
             size = file.tell()
-            file.seek(max(0, size - 1_000_000))
+            file.seek(max(0, size - 200_000))
             lines = file.read().splitlines()
     except OSError:
         return 0, None
