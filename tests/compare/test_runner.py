@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from moesaic.compare.runner import Settings, Trial, make_entries, prepare, run_trials
-from moesaic.compare.summary import COLUMNS, summarise
-from moesaic.compare.variants import VARIANTS
+from moesaic.compare.summary import COLUMNS, expert_rows, summarise
+from moesaic.compare.variants import VARIANTS, flops_ratio
 from moesaic.config import from_dict
 from moesaic.errors import ConfigError
 from moesaic.report.compare import write_comparison
@@ -35,7 +35,10 @@ def settings(folder: Path, names: Sequence[str] = NAMES, seeds: int = 2, **chang
         "cache_dir": str(folder / "cache"),
     }
     model = CONFIG["model"] | {"vocab_size": 1}
-    base = from_dict(TrainConfig, CONFIG | {"model": model, "data": data, "keep_last": 2, "sample_tokens": 0} | changes)
+    base = from_dict(
+        TrainConfig,
+        CONFIG | {"model": model, "data": data, "keep_last": 2, "dead_window": 3, "sample_tokens": 0} | changes,
+    )
     entries, refused = make_entries(base, {name: VARIANTS[name] for name in names}, {})
     assert not refused
     return Settings(base, entries, tuple(range(seeds)), jobs=2)
@@ -181,3 +184,30 @@ def test_a_stop_ends_cleanly_and_resumes(tmp_path: Path) -> None:
     again = prepare(replace(wanted, jobs=2), tmp_path / "out", resume=True, say=print)
     assert run_trials(again, 2, say=print, show=quiet)
     assert all(trial.state == "done" for trial in again)
+
+
+def test_a_variant_may_change_the_model_alone_and_the_text_may_not_change(tmp_path: Path) -> None:
+    wanted = settings(tmp_path, ("topk",), seeds=1)
+    with pytest.raises(ConfigError, match="steps is not of the model"):
+        make_entries(wanted.base, {}, {"x": ["steps=5"]})
+    prepare(wanted, tmp_path / "out", resume=False, say=print)
+    (tmp_path / "a.txt").write_text((tmp_path / "b.txt").read_text()[::-1])
+    with pytest.raises(ConfigError, match="text has changed"):
+        prepare(wanted, tmp_path / "out", resume=True, say=print)
+
+
+def test_compute_is_counted_with_the_rows_that_were_measured(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, results = finished
+    rows = {row["name"]: row for row in results["routers"]}
+    assert rows["topk"]["compute"] == pytest.approx(1)
+    assert rows["switch"]["compute"] == pytest.approx(1, abs=0.02)
+    assert rows["soft_moe"]["sees"] == "validation sees later tokens"
+    assert rows["topk"]["sees"] == ""
+    # Twice the rows must show: the figure comes from results, not from intentions.
+    entries, _ = make_entries(settings(out.parent).base, {"topk": VARIANTS["topk"]}, {})
+    base = settings(out.parent).base
+    result = json.loads((out / "topk/seed-0/result.json").read_text())
+    doubled = result | {"per_token_layers": [2 * rows for rows in result["per_token_layers"]]}
+    T, B = base.batch_size * base.seq_len, base.batch_size
+    ratio = flops_ratio(entries[0].model, base.model, T, B, expert_rows(entries[0], doubled))
+    assert 1.8 < ratio < 2

@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from moesaic.compare.variants import VARIANTS, flops_ratio, layer_of, named, variant_model
 from moesaic.cost.flops import layer_flops
 from moesaic.errors import ConfigError
+from moesaic.experts.layer import MoE
 from moesaic.models import build_model
+from moesaic.models.build import build_ffn
 from moesaic.models.config import ModelConfig
-from moesaic.routing import ROUTERS
+from moesaic.routing import ROUTERS, TokenContext
 from moesaic.train.recipes import RECIPES
 
 BASE = RECIPES["compare"]().model
@@ -26,8 +30,29 @@ def test_every_router_there_is_can_be_compared() -> None:
 def test_builds_at_equal_active_compute(name: str) -> None:
     model = variant_model(BASE, VARIANTS[name], *SIZES)
     build_model(model, device="meta")
-    if VARIANTS[name].depth is None:
-        assert flops_ratio(model, BASE, *SIZES) == pytest.approx(1, abs=0.05)
+    assert flops_ratio(model, BASE, *SIZES) == pytest.approx(1, abs=0.05)
+
+
+# Where FLOPs are what PyTorch counts: single neurons multiply without a matrix product.
+COUNTED = [name for name, variant in VARIANTS.items() if name != "product_keys" and not variant.dense]
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_stated_flops_are_those_that_run(name: str) -> None:
+    """Forward in training of one real layer, with the rows per token that this forward happened to compute."""
+    model = variant_model(BASE, VARIANTS[name], 512, 4)
+    assert model.moe is not None
+    layer = build_ffn(model, 0).train()
+    assert isinstance(layer, MoE)
+    x_BSD = torch.randn(4, 128, 96)
+    tokens = torch.randint(1024, (512,))
+    ctx = TokenContext(ids_T=tokens, task_T=tokens % 5, num_sequences=4)
+    with FlopCounterMode(display=False) as counter:
+        _, plan = layer(x_BSD, ctx)
+    special = model.moe.zero + model.moe.copy + model.moe.constant
+    rows = float(plan.counts_E[: len(plan.counts_E) - special].sum()) / plan.num_tokens
+    stated = layer_flops(layer, 512, 4, model.moe.router.options, rows)
+    assert counter.get_total_flops() / 512 == pytest.approx(stated, rel=0.03)
 
 
 def test_layer_flops_by_hand() -> None:
@@ -42,7 +67,7 @@ def test_k_1_gets_experts_twice_as_wide() -> None:
 
 
 def test_unknown_and_impossible() -> None:
-    with pytest.raises(ConfigError, match='There is no router "topkk" to compare. Did you mean "topk"'):
+    with pytest.raises(ConfigError, match='There is no router "topkk". Did you mean "topk"'):
         named("topkk")
     dense: ModelConfig = replace(BASE, moe=None)
     with pytest.raises(ConfigError, match="starts from a sparse model"):

@@ -12,6 +12,7 @@ import pytest
 
 from moesaic.errors import LintWarning
 from moesaic.models import MoEConfig, build_model
+from moesaic.models.config import DepthConfig
 from moesaic.plan.capacity import CapacityRule
 from moesaic.train.config import TrainConfig
 from moesaic.train.lint import lint_model, lint_run
@@ -29,9 +30,11 @@ def run(moe: dict[str, Any], **changes: Any) -> TrainConfig:
 
 def router(name: str = "topk", **options: Any) -> dict[str, Any]:
     assert QUICK.model.moe is not None
-    return {"router": replace(QUICK.model.moe.router, name=name, options=options)}
+    leak = name == "base"
+    return {"router": replace(QUICK.model.moe.router, name=name, options=options, allow_leak=leak)}
 
 
+OPTION = "model.moe.router.options."
 CASES: list[tuple[dict[str, Any], str, str, str]] = [
     ({"k": 1}, "error", "model.moe", 'router gets no gradient; use normalize="none"'),
     (router("hash"), "error", "model.moe", "no gradient path"),
@@ -60,6 +63,13 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
     ({"capacity": CapacityRule(8.0)}, "note", "model.moe.capacity.factor", "nothing is ever dropped"),
     ({"capacity": CapacityRule(overflow="shared")}, "warning", "model.moe.capacity.overflow", "model.moe.shared=1"),
     (router(balance_bias=True), "note", "model.moe.losses.switch", "DeepSeek-V3"),
+    ({"gating_groups": 2}, "warning", "model.moe.gating_groups", "Set gating_dropout"),
+    ({"capacity": CapacityRule("exact", max_factor=0.1)}, "warning", "model.moe.capacity.max_factor", "never reached"),
+    ({"capacity": CapacityRule(0.01, priority="batch")}, "warning", "model.moe.capacity.factor", "hardly any token"),
+    ({"capacity": CapacityRule(batch_score="sum")}, "warning", "model.moe.capacity.batch_score", "Set that"),
+    ({"capacity": CapacityRule(overflow="fallback_expert", fallback_expert=99)}, "error", "model.moe", "one of the 16"),
+    (router("base", epsilon=0.1) | {"k": 1, "losses": {}}, "warning", OPTION + "epsilon", 'Set solver="auction"'),
+    (router("moepp") | {"zero": 2}, "note", "model.moe.losses.switch", "of its own"),
     ({"num_experts": 16384}, "warning", "batch_size", "sits out"),
     ({"loss_scope": "global_batch"}, "note", "model.moe.loss_scope", "same as"),
 ]
@@ -85,6 +95,22 @@ def test_sound_configs_are_clean() -> None:
         router("relu") | {"losses": {}},
     ):
         assert [f for f in lint_run(run(moe)) if f.severity != "note"] == [], moe
+
+
+def test_depth_is_looked_at() -> None:
+    def found(depth: DepthConfig) -> list[tuple[str, str]]:
+        model = replace(QUICK.model, depth=depth)
+        return [(f.severity, f.where) for f in lint_model(model)]
+
+    assert found(DepthConfig())[0] == ("error", "model.depth")
+    assert ("warning", "model.depth.allow_leak") in found(DepthConfig(allow_leak=True))
+    assert found(DepthConfig(router="nope", allow_leak=True))[0] == ("error", "model.depth")
+    assert ("note", "model.depth.capacity") in found(DepthConfig(capacity=1.0, allow_leak=True))
+
+
+def test_a_switch_may_use_the_importance_loss() -> None:
+    found = lint_run(run(router("switch") | {"k": 1, "losses": {"importance": 0.1}}))
+    assert found == []
 
 
 def test_errors_come_first_and_each_layer_counts() -> None:

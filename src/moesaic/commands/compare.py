@@ -71,14 +71,15 @@ def compare(
     say = sayer(console)
     if seeds < 1 or jobs < 1:
         raise ConfigError(f"--seeds and --jobs must be at least 1, not {min(seeds, jobs)}.")
-    settings = to_dict(RECIPES["compare"]())
+    settings = to_dict(RECIPES["compare"]() if steps is None or steps < 1 else RECIPES["compare"](steps))
     settings = merge(settings, {} if config is None else load_config_file(config))
     settings["data"]["sources"] = list(data)
     base = override(settings, set_, steps=steps, seed=0)
     names = list(VARIANTS) if "all" in routers else list(dict.fromkeys(routers))
     entries, refused = make_entries(base, {name: named(name) for name in names}, _overrides(variant))
     if not entries:
-        raise ConfigError("There is nothing to compare; name routers with --routers or give a --variant.")
+        why = f" {next(iter(refused.values()))}" if refused else ""
+        raise ConfigError(f"There is nothing to compare.{why} Name routers with --routers or give a --variant.")
     for name, words in refused.items():
         say(f"{name} is left out: {words}")
     wanted = Settings(base, entries, tuple(range(seeds)), jobs)
@@ -116,7 +117,10 @@ def _overrides(variant: tuple[str, ...]) -> dict[str, list[str]]:
             )
         if name in VARIANTS or name in found:
             raise ConfigError(f'The name "{name}" of a --variant is taken already; choose another.')
-        found[name] = shlex.split(changes)
+        try:
+            found[name] = shlex.split(changes)
+        except ValueError as error:
+            raise ConfigError(f"--variant {text!r} cannot be read: {error}.") from None
     return found
 
 
@@ -127,19 +131,30 @@ def _show(results: dict[str, Any], console: Console) -> None:
         title="Routers, best loss first", title_justify="left", pad_edge=False, box=box.SIMPLE_HEAD, padding=(0, 1)
     )
     table.add_column("router", no_wrap=True)
-    for label in ("loss", f"- {base}", "±", *[label for name, (label, _, _) in COLUMNS.items() if name != "val_loss"]):
+    for label in (
+        "loss",
+        f"- {base}",
+        "± 95%",
+        *[label for name, (label, _, _) in COLUMNS.items() if name != "val_loss"],
+    ):
         table.add_column(label, justify="right", no_wrap=True)
+    table.add_column("compute", justify="right", no_wrap=True)
     for row in results["routers"]:
         difference = row["difference"] or {"mean": None, "interval": None}
         cells = [_cell(row["val_loss"], "{:.3f}")]
         cells.append("" if difference["mean"] is None else signed(difference["mean"]))
         cells.append("" if difference["interval"] is None else f"{difference['interval']:.3f}")
         cells += [_cell(row[name], form) for name, (_, form, _) in COLUMNS.items() if name != "val_loss"]
-        table.add_row(escape(visible(row["name"])), *cells)
+        cells.append("–" if row["compute"] is None else f"{row['compute']:.2f}")
+        runs = "" if row["runs"] == len(results["seeds"]) else f" ({row['runs']} of {len(results['seeds'])} runs)"
+        table.add_row(escape(visible(row["name"] + ("*" if row["sees"] else "") + runs)), *cells)
     # Wide enough for every figure; a narrow terminal wraps lines rather than losing columns.
     wide = Console(file=console.file, width=max(console.width, 120), highlight=False)
     wide.print()
     wide.print(table)
+    starred = {row["sees"] for row in results["routers"] if row["sees"]}
+    if starred:
+        wide.print(f"* {'; '.join(sorted(starred))}: see the page.", markup=False)
     for row in results["routers"]:
         for seed, words in row["failed"].items():
             console.print(visible(f"{row['name']}, seed {seed}, failed: {words}"), markup=False, soft_wrap=True)

@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from moesaic.checkpoint.atomic import atomic_file
 from moesaic.compare.trial import DONE, FAILED, STOPPED
-from moesaic.compare.variants import Variant, flops_ratio, variant_model
+from moesaic.compare.variants import Variant, variant_model
 from moesaic.config import apply_overrides, from_dict, to_dict
 from moesaic.data.corpus import load_corpus
 from moesaic.errors import ConfigError, MoesaicError, disk_errors
@@ -43,7 +43,6 @@ class Entry:
     name: str
     title: str
     model: ModelConfig
-    flops_ratio: float | None
 
 
 @dataclass(frozen=True)
@@ -106,14 +105,18 @@ def make_entries(
         except ConfigError as error:
             refused[name] = str(error)
             continue
-        ratio = None if model.moe is None else flops_ratio(model, base.model, T, B)
-        entries.append(Entry(name, variant.title, model, ratio))
+        entries.append(Entry(name, variant.title, model))
     for name, changes in overrides.items():
+        other = next((c for c in changes if not c.startswith("model.")), None)
+        if other is not None:
+            raise ConfigError(
+                f"--variant {name} may change the model alone, and {other.split('=')[0]} is not of the model; all runs of a "
+                "comparison share the rest. Use --set for it."
+            )
         settings = apply_overrides(to_dict(base), changes)
         model = from_dict(TrainConfig, settings).model
         shape(model)
-        ratio = None if model.moe is None else flops_ratio(model, base.model, T, B)
-        entries.append(Entry(name, ", ".join(changes), model, ratio))
+        entries.append(Entry(name, ", ".join(changes), model))
     return tuple(entries), refused
 
 
@@ -137,6 +140,9 @@ def prepare(settings: Settings, out: Path, *, resume: bool, say: Say) -> list[Tr
         _check_same(json.loads(saved.read_text("utf-8")), wanted, out)
     base = settings.base
     corpus = load_corpus(base.data, settings.seeds[0], say)
+    wanted["text"] = corpus.fingerprint
+    if saved.exists() and json.loads(saved.read_text("utf-8")).get("text") != corpus.fingerprint:
+        raise ConfigError(f"The text has changed since {out} was begun; restore it, or choose another --out.")
     tokenizer = out / "tokenizer.json"
     if not tokenizer.exists():
         with disk_errors(tokenizer):
@@ -195,7 +201,7 @@ def run_trials(trials: Sequence[Trial], jobs: int, *, say: Say, show: Callable[[
 
 
 def _start(trial: Trial, threads: int) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    environment = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} | os.environ  # the user's own win
     with disk_errors(trial.folder):
         trial.log = open(trial.folder / "log.txt", "wb")  # noqa: SIM115, closed in _finish
     trial.process = subprocess.Popen(
@@ -239,7 +245,7 @@ def _finish(trial: Trial, say: Say) -> None:
 
 
 def _check_same(saved: Any, wanted: dict[str, Any], out: Path) -> None:
-    if not isinstance(saved, dict) or saved.keys() != wanted.keys():
+    if not isinstance(saved, dict) or saved.keys() - {"text"} != wanted.keys():
         raise MoesaicError(f"{out / 'compare.json'} was not written by moesaic compare; choose another --out.")
     # Read and written again, so that a setting added since then has its default on both sides.
     before = to_dict(from_dict(TrainConfig, saved["base"], where="compare.json"))

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from moesaic.compare.runner import Settings, Trial
+from moesaic.compare.runner import Entry, Settings, Trial
 from moesaic.compare.stats import estimate, paired
+from moesaic.compare.variants import flops_ratio, layer_of
+from moesaic.train.config import TrainConfig
 
 # Figure of result.json -> heading, format, what it says. Order of the table.
 COLUMNS: dict[str, tuple[str, str, str]] = {
@@ -20,7 +22,7 @@ COLUMNS: dict[str, tuple[str, str, str]] = {
     ),
     "dead": ("dead", "{:.1f}", "experts without a token in the last steps, all layers"),
     "drop_rate": ("dropped", "{:.1%}", "chosen rows that no expert computed"),
-    "per_token": ("experts", "{:.2f}", "rows computed per token and layer"),
+    "per_token": ("experts", "{:.2f}", "rows per token and sparse layer, those of null and copy experts included"),
     "routing_change": (
         "change",
         "{:.1%}",
@@ -44,7 +46,7 @@ def summarise(settings: Settings, trials: Sequence[Trial], refused: dict[str, st
             "name": entry.name,
             "title": entry.title,
             "router": None if entry.model.moe is None else entry.model.moe.router.name,
-            "flops_ratio": entry.flops_ratio,
+            "sees": _sees(entry),
             "runs": len(found),
             "failed": {str(t.seed): t.error() for t in by_entry[entry.name] if t.error() is not None},
             "params_total": found[0]["params_total"] if found else None,
@@ -59,6 +61,7 @@ def summarise(settings: Settings, trials: Sequence[Trial], refused: dict[str, st
             [None if r is None else r["val_loss"] for r in results[first]],
         )
         row["difference"] = None if difference is None or entry.name == first else difference.record()
+        row["compute"] = _compute(settings.base, entry, found)
         row["falls"] = bool(found) and all(
             r["train_loss"] is not None and r["train_loss"] < r["first_loss"] for r in found
         )
@@ -74,3 +77,35 @@ def summarise(settings: Settings, trials: Sequence[Trial], refused: dict[str, st
         "routers": rows,
         "refused": refused,
     }
+
+
+def _compute(base: TrainConfig, entry: Entry, found: Sequence[dict[str, Any]]) -> float | None:
+    """Compute of the feed-forward layers over the base's, with the rows per token that were measured; mean over runs."""
+    T, B = base.batch_size * base.seq_len, base.batch_size
+    ratios = [flops_ratio(entry.model, base.model, T, B, expert_rows(entry, result)) for result in found]
+    return sum(ratios) / len(ratios) if ratios else None
+
+
+def expert_rows(entry: Entry, result: dict[str, Any]) -> list[float] | None:
+    """Rows per token that feed-forward experts computed, by sparse layer."""
+    moe, layers = entry.model.moe, len(result["load"])
+    if moe is None or not layers:
+        return None
+    special = moe.zero + moe.copy + moe.constant
+    rows = result.get("per_token_layers") or [result["per_token"]] * layers
+    shares = [sum(load[: len(load) - special]) / max(sum(load), 1) for load in result["load"]]
+    return [per_token * share for per_token, share in zip(rows, shares, strict=True)]
+
+
+def _sees(entry: Entry) -> str:
+    """What a loss of this router knew that a text generated token by token would not; "" if nothing."""
+    if entry.model.depth is not None:
+        return "training sees later tokens"
+    if entry.model.moe is None:
+        return ""
+    facts = layer_of(entry.model).router.facts
+    if not facts.causal_in_evaluation:
+        return "validation sees later tokens"
+    if not facts.causal or entry.model.moe.capacity is not None:
+        return "training sees later tokens"
+    return ""

@@ -9,14 +9,14 @@ that one token costs the same forward FLOPs in each sparse layer, router include
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
-from moesaic.config import from_dict, to_dict
-from moesaic.cost.flops import layer_flops
+from moesaic.config import apply_overrides, from_dict, to_dict
+from moesaic.cost.flops import model_flops
 from moesaic.errors import ConfigError, nearest
 from moesaic.experts.layer import MoE
 from moesaic.models.build import build_ffn
@@ -53,13 +53,16 @@ VARIANTS: dict[str, Variant] = {
     # token choice
     "topk": Variant("top-k, weights renormalised over the chosen (Mixtral, Qwen3)"),
     "topk_plain": Variant("top-k, plain softmax weights (OLMoE, Qwen2-MoE)", options={"normalize": "none"}),
-    "topk_softmax_chosen": Variant("top-k, then softmax (gpt-oss)", options={"normalize": "softmax_chosen"}),
+    "topk_softmax_chosen": Variant(
+        "top-k, then softmax (gpt-oss): the same function as topk, computed otherwise",
+        options={"normalize": "softmax_chosen"},
+    ),
     "sigmoid_bias": Variant(
         "sigmoid scores, selection bias instead of a loss (DeepSeek-V3)",
         options={"score": "sigmoid", "balance_bias": True},
     ),
     "group_limited": Variant(
-        "top-k inside the best half of the groups (DeepSeek-V2)", options={"groups": 4, "groups_kept": 2}
+        "top-k inside the best of four groups (DeepSeek-V2 keeps 3 of 8)", options={"groups": 4, "groups_kept": 1}
     ),
     "switch": Variant("top-1 with input jitter", "switch", k=1),
     "gshard": Variant("top-2 with a stochastic second expert", "gshard", k=2),
@@ -117,7 +120,7 @@ VARIANTS: dict[str, Variant] = {
         "product keys over single neurons (PEER)",
         "product_keys",
         {"heads": 8, "key_dim": 16},
-        k=8,
+        k=16,
         moe={"expert_kind": "neuron"},
     ),
     "low_rank": Variant("factorised gate", "low_rank"),
@@ -141,8 +144,7 @@ VARIANTS: dict[str, Variant] = {
 def named(name: str) -> Variant:
     """The variant of this name. Raises ``ConfigError`` with the nearest one."""
     if name not in VARIANTS:
-        known = ", ".join(VARIANTS)
-        raise ConfigError(f'There is no router "{name}" to compare.{nearest(name, VARIANTS)} Known: all, {known}.')
+        raise ConfigError(f'There is no router "{name}".{nearest(name, VARIANTS)} Known: {", ".join(VARIANTS)}.')
     return VARIANTS[name]
 
 
@@ -157,40 +159,45 @@ def variant_model(base: ModelConfig, variant: Variant, num_tokens: int, num_sequ
     moe = base.moe
     if moe is None or not all(isinstance(size, int) for size in (moe.num_experts, moe.k, moe.hidden)):
         raise ConfigError("A comparison of routers starts from a sparse model whose layers are all alike.")
-    target = layer_flops(layer_of(base), num_tokens, num_sequences, moe.router.options)
+    assert isinstance(moe.k, int)
+    assert isinstance(moe.num_experts, int)
+    target = model_flops(base, num_tokens, num_sequences)
     settings = to_dict(base)
     options = dict(variant.options)
-    if variant.router == "soft_moe":
-        options.setdefault("tokens", num_tokens // num_sequences)
-    settings["moe"] |= {"router": {"name": variant.router, "options": options, "allow_leak": True}}
     k = moe.num_experts if variant.k == "all" else variant.k or moe.k
+    if variant.router == "soft_moe":
+        # A quarter of the slots that would make a row per choice: mixing costs as much as experts in models this narrow.
+        length = num_tokens // num_sequences
+        options |= {"tokens": length, "slots_per_expert": max(1, length * k // (4 * moe.num_experts))}
+    settings["moe"] |= {"router": {"name": variant.router, "options": options, "allow_leak": True}}
     settings["moe"] |= {"k": k, "losses": {}, "capacity": None, **variant.moe}
     if variant.depth is not None:
         settings["depth"] = {"allow_leak": True, **variant.depth}
-    if settings["moe"].get("expert_kind") == "neuron":
-        settings = _single_neurons(settings, moe, target, num_tokens, num_sequences)
-    else:
-        settings["moe"]["hidden"] = _width(settings, target, num_tokens, num_sequences)
-    model = _model(settings)
+    if variant.dense:
+        settings["moe"] = None
+        return _fitted(settings, "hidden", target, num_tokens, num_sequences)
+    model = _model(settings | {"moe": settings["moe"] | {"hidden": 1}})
     losses = layer_of(model).router.facts.losses if variant.losses is None else variant.losses
     settings["moe"]["losses"] = dict(losses)
-    if variant.depth is not None:
-        assert model.depth is not None
-        # Blocks that tokens skip pay for wider ones.
-        share = (model.depth.every - 1 + model.depth.capacity) / model.depth.every
-        settings["moe"]["hidden"] = round(settings["moe"]["hidden"] / share)
-    if variant.dense:
-        settings["hidden"] = settings["moe"]["hidden"] * int(settings["moe"]["k"])
-        settings["moe"] = None
-    return _model(settings)
+    if settings["moe"].get("expert_kind") == "neuron":
+        return _single_neurons(settings, moe, target, num_tokens, num_sequences)
+    return _fitted(settings, "moe.hidden", target, num_tokens, num_sequences)
 
 
-def flops_ratio(model: ModelConfig, base: ModelConfig, num_tokens: int, num_sequences: int) -> float:
-    """Active compute of a sparse layer of ``model`` over that of ``base``; 1 is what ``variant_model`` aims at."""
-    assert model.moe is not None
-    assert base.moe is not None
-    ours = layer_flops(layer_of(model), num_tokens, num_sequences, model.moe.router.options)
-    return ours / layer_flops(layer_of(base), num_tokens, num_sequences, base.moe.router.options)
+def flops_ratio(
+    model: ModelConfig,
+    base: ModelConfig,
+    num_tokens: int,
+    num_sequences: int,
+    per_token: Sequence[float] | None = None,
+) -> float:
+    """Compute of the feed-forward layers of ``model`` over those of ``base``; 1 is what ``variant_model`` aims at.
+
+    Args:
+        per_token: rows per token measured in each sparse layer of ``model``; None takes what its routers aim at.
+    """
+    ours = model_flops(model, num_tokens, num_sequences, per_token)
+    return ours / model_flops(base, num_tokens, num_sequences)
 
 
 def layer_of(config: ModelConfig) -> MoE:
@@ -205,22 +212,20 @@ def _model(settings: dict[str, Any]) -> ModelConfig:
     return from_dict(ModelConfig, settings, where="model")
 
 
-def _flops(settings: dict[str, Any], num_tokens: int, num_sequences: int, **changes: Any) -> float:
-    model = _model(settings | {"moe": settings["moe"] | changes})
-    assert model.moe is not None
-    return layer_flops(layer_of(model), num_tokens, num_sequences, model.moe.router.options)
+def _flops(settings: dict[str, Any], num_tokens: int, num_sequences: int, *changes: str) -> float:
+    return model_flops(_model(apply_overrides(settings, changes)), num_tokens, num_sequences)
 
 
-def _width(settings: dict[str, Any], target: float, num_tokens: int, num_sequences: int) -> int:
-    """The expert width at which a layer costs ``target`` FLOPs per token: they are linear in it. At least 8."""
-    at = [_flops(settings, num_tokens, num_sequences, hidden=width) for width in (16, 32)]
+def _fitted(settings: dict[str, Any], width: str, target: float, num_tokens: int, num_sequences: int) -> ModelConfig:
+    """The model whose feed-forward layers cost ``target`` FLOPs per token: they are linear in their width. At least 8."""
+    at = [_flops(settings, num_tokens, num_sequences, f"{width}={size}") for size in (16, 32)]
     per_unit = (at[1] - at[0]) / 16
-    return max(8, round(16 + (target - at[0]) / per_unit))
+    return _model(apply_overrides(settings, [f"{width}={max(8, round(16 + (target - at[0]) / per_unit))}"]))
 
 
 def _single_neurons(
     settings: dict[str, Any], moe: MoEConfig, target: float, num_tokens: int, num_sequences: int
-) -> dict[str, Any]:
+) -> ModelConfig:
     """PEER: about as many parameters in single neurons as the base has in its experts, and as many of them per token as cost
     the same."""
     assert isinstance(moe.num_experts, int)
@@ -229,7 +234,6 @@ def _single_neurons(
     side = max(16, round(math.sqrt(neurons)))
     settings["moe"] |= {"num_experts": side * side, "hidden": 1}
     heads = int(settings["moe"]["router"]["options"].get("heads", 1))
-    each = [_flops(settings, num_tokens, num_sequences, k=heads * k) for k in (2, 3)]
+    each = [_flops(settings, num_tokens, num_sequences, f"moe.k={heads * k}") for k in (2, 3)]
     fit = round(2 + (target - each[0]) / (each[1] - each[0]))
-    settings["moe"]["k"] = heads * max(2, min(side, fit))
-    return settings
+    return _model(apply_overrides(settings, [f"moe.k={heads * max(2, min(side, fit))}"]))

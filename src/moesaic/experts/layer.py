@@ -123,6 +123,8 @@ class MoE(nn.Module):
             stacked = StackedExperts(experts, dim, hidden, activation, gated, backend, expert_dropout)
         self.experts = WithSpecialExperts(stacked, zero, copy, constant) if special else stacked
         self.shared = SharedExperts(shared, dim, hidden, activation, gated, shared_gate) if shared else None
+        if capacity is not None:
+            _check_capacity(capacity, self.router)
         self.capacity = capacity
         self.adapted = AdaptedCapacity(capacity) if capacity is not None and capacity.adapt is not None else None
         _check_narrowing(expert_masking, gating_dropout, gating_groups, total, self.router.k)
@@ -240,6 +242,17 @@ class MoE(nn.Module):
             self.adapted.after_step(stats)
         if self.memory is not None:
             self.memory.after_step(stats)
+
+
+def _check_capacity(rule: CapacityRule, router: Router) -> None:
+    """Raises ``ConfigError`` for a rule this router's plans could not follow."""
+    E = router.num_experts
+    if rule.fallback_expert is not None and not 0 <= rule.fallback_expert < E:
+        raise ConfigError(f"capacity.fallback_expert must name one of the {E} experts, not {rule.fallback_expert}.")
+    if rule.overflow == "next_best" and not router.facts.has_gate:
+        raise ConfigError(
+            'capacity.overflow="next_best" needs a router that gives every token scores for all experts; use "residual".'
+        )
 
 
 def _check_narrowing(masking: float, local: float, groups: int, num_experts: int, k: int) -> None:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.errors import ConfigError, RoutingWarning
+from moesaic.experts.layer import MoE
 from moesaic.infer.domains import Mixture, RowTasks, row_tasks
 from moesaic.infer.row_facts import Fact, RowFacts, row_facts
 from moesaic.infer.sampling import History, SamplingConfig, sample
@@ -216,6 +217,13 @@ def _warn_of_other_routing(model: CausalModel) -> None:
     """Say what each router of another rule, or of a leak, does here; each sentence once."""
     said: dict[str, None] = {}
     for module in model.modules():
+        if isinstance(module, MoE) and module.capacity is not None:
+            if module.capacity.eval_factor is not None:
+                said["Capacity drops tokens here by the other rows and tokens, so a text depends on its company."] = (
+                    None
+                )
+            else:
+                said["The model was trained with a capacity that dropped tokens; generation drops none."] = None
         if not isinstance(module, Router):
             continue
         facts, name = module.facts, type(module).__name__

@@ -91,10 +91,11 @@ def _block(config: ModelConfig, layer: int) -> Block:
     parts = (attention, build_ffn(config, layer), norms[0], norms[1], config.norm_placement)
     if config.depth is None or layer not in config.depth_layers:
         return Block(*parts)
-    return DepthBlock(*parts, _depth_router(config.dim, config.depth))
+    return DepthBlock(*parts, build_depth_router(config.dim, config.depth))
 
 
-def _depth_router(dim: int, depth: DepthConfig) -> DepthRouter:
+def build_depth_router(dim: int, depth: DepthConfig) -> DepthRouter:
+    """The router of Mixture-of-Depths blocks. Raises ``ConfigError`` for what cannot be, or leaks without leave."""
     if depth.router not in DEPTH_ROUTERS:
         raise ConfigError(
             f'There is no depth router "{depth.router}".{nearest(depth.router, DEPTH_ROUTERS)} '

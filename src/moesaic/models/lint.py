@@ -46,7 +46,7 @@ def lint_layer(moe: MoEConfig, layer: MoE, num_experts: int) -> list[Finding]:
         *_losses(moe, facts, k, experts),
         *_balance(moe, facts, num_experts),
         *_capacity(moe, moe.capacity, facts, k, experts),
-        *_idle(moe, facts),
+        *_idle(moe, facts, layer),
     ]
 
 
@@ -108,9 +108,9 @@ def _losses(moe: MoEConfig, facts: Facts, k: int, experts: int) -> Iterator[Find
                 f"every token uses all {experts} experts, so the loss is a constant without gradient.",
                 "Remove it, or choose k below the number of experts.",
             )
-        elif name == "importance" and moe.router.options.get("normalize", "chosen") != "none" and k == 1:
+        elif name == "importance" and k == 1 and facts.teaches == "none":
             yield Finding(
-                "warning", where, "with one renormalised weight per token the summed weights are counts, without gradient.",
+                "warning", where, "this router's weights carry no gradient, so the summed weights are mere counts.",
                 'Use "switch".',
             )  # fmt: skip
         elif name in ("switch", "importance", "sequence") and coefficient > 1:
@@ -159,7 +159,21 @@ def _capacity(moe: MoEConfig, rule: CapacityRule | None, facts: Facts, k: int, e
         return
     where = "model.moe.capacity"
     factor = rule.factor
+    if factor == "exact" and rule.max_factor is not None and rule.max_factor < 1:
+        yield Finding(
+            "warning",
+            f"{where}.max_factor",
+            f"{rule.max_factor:g} is below 1, so the exact minimum is never reached.",
+            "Raise it.",
+        )
     if isinstance(factor, int | float):
+        if factor * k < 0.1:
+            yield Finding(
+                "warning",
+                f"{where}.factor",
+                f"{factor:g} leaves room for hardly any token; most pass by the residual.",
+                "Raise it.",
+            )
         if factor < 1 and rule.priority != "batch":
             yield Finding(
                 "warning",
@@ -196,13 +210,6 @@ def _capacity(moe: MoEConfig, rule: CapacityRule | None, facts: Facts, k: int, e
             "with k above 1 a later token's first choice goes before an earlier token's second, so drops in training depend on "
             "later tokens (as in GShard). Evaluation is dropless unless eval_factor says otherwise.",
         )
-    if not facts.has_gate and rule.overflow == "next_best":
-        yield Finding(
-            "error",
-            f"{where}.overflow",
-            '"next_best" needs scores for all experts, and this router has none.',
-            'Use "residual".',
-        )
     if rule.overflow == "shared" and not moe.shared:
         yield Finding(
             "warning",
@@ -217,6 +224,8 @@ _NEEDS: dict[str, tuple[str, Any]] = {
     **dict.fromkeys(("bias_rate", "bias_rule", "ffn_rows"), ("balance_bias", True)),
     **dict.fromkeys(("bias_p", "bias_i", "bias_d", "bias_limit"), ("bias_rule", "pid")),
     "bias_bins": ("bias_rule", "quantile"),
+    "epsilon": ("solver", "auction"),
+    "cap_temperature": ("max_experts", None),
     "group_score": ("groups", None),
     "groups_kept": ("groups", None),
     "threshold": ("second", None),
@@ -227,7 +236,7 @@ def _said(option: str, value: Any) -> str:
     return f'{option}="{value}"' if isinstance(value, str) else option
 
 
-def _idle(moe: MoEConfig, facts: Facts) -> Iterator[Finding]:
+def _idle(moe: MoEConfig, facts: Facts, layer: MoE) -> Iterator[Finding]:
     """Coefficients and options on a path that never runs."""
     options = moe.router.options
     for option, (other, value) in _NEEDS.items():
@@ -244,6 +253,31 @@ def _idle(moe: MoEConfig, facts: Facts) -> Iterator[Finding]:
                 f"it acts only together with {_said(other, value)}, which is not set.",
                 f"Set {_said(other, value)}, or remove {option}.",
             )
+    if moe.gating_groups > 1 and not moe.gating_dropout:
+        yield Finding(
+            "warning",
+            "model.moe.gating_groups",
+            "groups matter to gating dropout alone, which is off.",
+            "Set gating_dropout.",
+        )
+    rule = moe.capacity
+    if rule is not None and facts.experts == "all, mixed":
+        yield Finding(
+            "warning", "model.moe.capacity", "this router has no rows to drop, so capacity never acts.", "Remove it."
+        )
+    if rule is not None and rule.batch_score != CapacityRule().batch_score and rule.priority != "batch":
+        yield Finding(
+            "warning",
+            "model.moe.capacity.batch_score",
+            'it orders tokens under priority="batch" alone.',
+            "Set that, or remove it.",
+        )
+    for option in ("predictor_loss", "threshold"):
+        if options.get("inference") == "topc" and option in options:
+            where = f"model.moe.router.options.{option}"
+            yield Finding("warning", where, 'there is no predictor with inference="topc".', f"Remove {option}.")
+    if "switch" in moe.losses and moe.router.name in ("moepp", "null_experts"):
+        yield Finding("note", "model.moe.losses.switch", "this router has a balancing loss of its own.", "Remove one.")
     if moe.router.allow_leak and facts.causal and facts.batch_invariant and moe.capacity is None:
         yield Finding(
             "note", "model.moe.router.allow_leak", "nothing leaks here, so the permission has no use.", "Remove it."

@@ -58,9 +58,9 @@ class AdaptiveFactor:
             raise ConfigError(
                 f"capacity.adapt.target and .memory must be at least 0 and below 1, not {self.target} and {self.memory}."
             )
-        if not self.eta > 0 or not self.step > 0 or not 0 < self.lo <= self.hi:
+        if not self.eta > 0 or not self.step >= 1e-6 or not 0 < self.lo <= self.hi:
             raise ConfigError(
-                "capacity.adapt needs eta and step above 0 and 0 < lo <= hi; got "
+                "capacity.adapt needs eta above 0, step of at least 1e-6 and 0 < lo <= hi; got "
                 f"eta={self.eta}, step={self.step}, lo={self.lo}, hi={self.hi}."
             )
 

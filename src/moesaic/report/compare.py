@@ -50,8 +50,9 @@ def _lead(results: Mapping[str, Any]) -> str:
     ranges = "; ± is a 95% interval of the mean (Student's t)" if len(results["seeds"]) > 1 else ""
     company = "" if results["jobs"] == 1 else f" Speeds were measured with {results['jobs']} runs side by side."
     return (
-        f"{seeds}, {big(results['tokens'])} tokens each, same data order, same active compute{ranges}. Difference: loss minus "
-        f"that of {results['baseline']}, paired by seed; bold where the interval leaves out zero.{company}"
+        f"{seeds}, {big(results['tokens'])} tokens each, same data order, expert widths set for equal active compute{ranges}. "
+        f"Difference: loss minus that of {results['baseline']}, paired by seed; bold where the interval leaves out "
+        f"zero.{company}"
     )
 
 
@@ -82,11 +83,19 @@ def _table(results: Mapping[str, Any], columns: Columns) -> str:
         cells = _cell(row["val_loss"], columns["val_loss"][1]) + _difference(row["difference"])
         cells += "".join(_cell(row[name], form) for name, (_, form, _) in columns.items() if name != "val_loss")
         cells += f"<td>{big(row['params_active'])}<small>of {big(row['params_total'])}</small></td>"
-        cells += f"<td>{'–' if row['flops_ratio'] is None else format(row['flops_ratio'], '.2f')}</td>"
-        body += f"<tr><th>{escape(row['name'])}<small>{escape(shorten(row['title'], 60))}</small></th>{cells}</tr>"
+        cells += f"<td>{'–' if row['compute'] is None else format(row['compute'], '.2f')}</td>"
+        sees = f"<small class='sees'>{escape(row['sees'])}</small>" if row["sees"] else ""
+        short = (
+            ""
+            if row["runs"] == len(results["seeds"])
+            else f"<small>{row['runs']} of {len(results['seeds'])} runs</small>"
+        )
+        title = f"<small>{escape(shorten(row['title'], 60))}</small>"
+        body += f"<tr><th>{escape(row['name'])}{title}{sees}{short}</th>{cells}</tr>"
     notes = "".join(f"<li>{escape(label)}: {escape(words)}.</li>" for label, _, words in columns.values())
     notes += (
-        "<li>active: parameters a token uses, of all. compute: active FLOPs of a sparse layer over the base's.</li>"
+        "<li>active: parameters a token uses, of all. compute: FLOPs of the feed-forward layers over the base's, with the rows "
+        "per token that were measured; expert widths aim at 1.</li>"
     )
     return (
         f'<div class="scroll"><table class="compare"><thead><tr><th>router</th>{head}<th>active</th><th>compute</th></tr>'

@@ -10,6 +10,8 @@ from typing import Any
 
 from moesaic.errors import ConfigError, nearest
 
+_LARGEST = 2**62  # int64 with room for sums
+
 
 def options_of(function: Callable[..., Any], hidden: Collection[str] = ()) -> dict[str, Any]:
     """Option name -> type hint: the keyword-only arguments of a function (of a class: its constructor), but the hidden ones."""
@@ -27,6 +29,11 @@ def check_options(owner: str, options: Mapping[str, Any], valid: Mapping[str, An
         if key not in valid:
             known = ", ".join(valid) or "none"
             raise ConfigError(f'{owner} has no option "{key}".{nearest(key, valid)} Options: {known}.')
+        for number in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(number, int) and abs(number) > _LARGEST:
+                raise ConfigError(
+                    f"Option {key} of {owner[0].lower() + owner[1:]} is {number}, which no tensor can hold."
+                )
         _check_value(owner[0].lower() + owner[1:], key, value, valid[key])
 
 

@@ -8,6 +8,8 @@ all slots' outputs:
 
 No choice, hence no balancing and no drops: loads are equal by construction. Padding gets -inf in D.
 
+Sequences never mix; documents packed into one sequence do (soft routing has no order to mask by).
+
 Legend: T tokens of one sequence, D model width, E experts, P slots per expert, S = E * P slots, G sequences.
 """
 

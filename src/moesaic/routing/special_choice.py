@@ -122,7 +122,7 @@ class MoEPlusPlus(ContextRouter):
         init_std: of both matrices.
     """
 
-    facts = Facts(source="Jin et al. 2025")
+    facts = Facts(experts="k, zero-computation ones included", source="Jin et al. 2025")
 
     def __init__(
         self,

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from moesaic.errors import ConfigError
 from moesaic.experts.layer import MoE
-from moesaic.models.build import build_ffn
+from moesaic.models.build import build_depth_router, build_ffn
 from moesaic.models.config import ModelConfig, MoEConfig, pick
 from moesaic.models.lint import Finding, by_severity, lint_layer
 from moesaic.train.config import TrainConfig
@@ -19,7 +21,7 @@ _FEW_ROWS = 8  # rows per expert and step, below which a step often leaves an ex
 
 def lint_model(config: ModelConfig) -> list[Finding]:
     """All findings about a model, errors first. Nothing is allocated."""
-    moe, found = config.moe, []
+    moe, found = config.moe, list(_depth(config))
     for i, layer in enumerate(config.moe_layers):
         assert moe is not None
         try:
@@ -31,6 +33,31 @@ def lint_model(config: ModelConfig) -> list[Finding]:
         assert isinstance(sparse, MoE)
         found += lint_layer(moe, sparse, pick(moe.num_experts, i))
     return by_severity(found)
+
+
+def _depth(config: ModelConfig) -> Iterator[Finding]:
+    """Findings about Mixture-of-Depths blocks."""
+    depth = config.depth
+    if depth is None:
+        return
+    try:
+        with torch.device("meta"):
+            facts = build_depth_router(config.dim, depth).facts
+    except ConfigError as error:
+        yield Finding("error", "model.depth", str(error))
+        return
+    if not facts.causal:
+        yield Finding(
+            "warning",
+            "model.depth.allow_leak",
+            "blocks choose tokens against later ones while training, so the training loss flatters.",
+            "Trust the validation loss, which a predictor's choices give.",
+        )
+    yield Finding("note", "model.depth", f"evaluation and generation decide by another rule: {facts.inference_rule}.")
+    if depth.capacity == 1:
+        yield Finding(
+            "note", "model.depth.capacity", "every token is taken, so no block is ever skipped.", "Leave depth out."
+        )
 
 
 def lint_run(config: TrainConfig) -> list[Finding]:
