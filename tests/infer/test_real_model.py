@@ -12,6 +12,7 @@ from moesaic.infer import SamplingConfig, generate, generate_ids
 from moesaic.models.build import build_model
 from moesaic.models.config import ModelConfig, MoEConfig, RouterConfig
 from moesaic.models.decoder import Decoder
+from moesaic.plan import CapacityRule
 from moesaic.tokenizer import train_bpe
 
 GREEDY = SamplingConfig(temperature=0)
@@ -119,3 +120,11 @@ def test_generation_says_when_it_routes_by_another_rule(router: str, words: str)
     found = [str(w.message) for w in said if issubclass(w.category, RoutingWarning)]
     assert len(found) == (1 if words else 0)  # two layers, one sentence
     assert re.search(words, " ".join(found))
+
+
+@pytest.mark.parametrize(("eval_factor", "words"), [(None, "generation drops none"), (1.0, "depends on its company")])
+def test_generation_says_what_capacity_does(eval_factor: float | None, words: str) -> None:
+    rule = CapacityRule(eval_factor=eval_factor)
+    moe = MoEConfig(num_experts=4, k=2, hidden=8, capacity=rule, router=RouterConfig(allow_leak=True))
+    with pytest.warns(RoutingWarning, match=words):
+        generate_ids(build_model(replace(TINY, moe=moe), seed=0), [[1, 2, 3]], max_new_tokens=2)

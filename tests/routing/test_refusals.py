@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from moesaic.errors import ConfigError
+from moesaic.experts import MoE
+from moesaic.plan import CapacityRule
 from moesaic.plan.edit import replay
-from moesaic.routing import GShardTop2, LossContext, NoisyTopK, TopK, balance_loss
+from moesaic.routing import GShardTop2, LossContext, NoisyTopK, TopK, balance_loss, build_router, check_losses
 
 
 @pytest.mark.parametrize(
@@ -64,3 +66,29 @@ def test_a_gate_alone_keeps_fp32_too() -> None:
     router = TopK(8, 4, 2)
     router.gate.to(torch.bfloat16)
     assert router.gate.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("segment", {"segment_len": 10**20}), ("gumbel", {"anneal_steps": 10**23}), ("random", {"seed": -(10**22)})],
+)
+def test_numbers_that_no_tensor_can_hold(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="which no tensor can hold"):
+        build_router(name, 8, 4, 2, options)
+
+
+def test_options_of_losses_too() -> None:
+    with pytest.raises(ConfigError, match="which no tensor can hold"):
+        check_losses({"entropy_local": 0.1}, TopK(8, 4, 2), {"entropy_local": {"labels": [10**20]}})
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        (CapacityRule(overflow="fallback_expert", fallback_expert=99), "one of the 4 experts, not 99"),
+        (CapacityRule(overflow="next_best"), "scores for all experts"),
+    ],
+)
+def test_a_capacity_that_a_router_cannot_follow_is_refused_when_built(rule: CapacityRule, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        MoE(8, 8, 4, 1, "hash", {"vocab_size": 16}, capacity=rule)
