@@ -148,7 +148,7 @@ def prepare(settings: Settings, out: Path, *, resume: bool, say: Say) -> list[Tr
         with disk_errors(tokenizer):
             corpus.tokenizer.save(str(tokenizer))
     atomic_file(saved, json.dumps(wanted, indent=1) + "\n")
-    data = replace(base.data, tokenizer=str(tokenizer))
+    data = replace(base.data, tokenizer=str(tokenizer.resolve()))
     trials = []
     for seed in settings.seeds:
         for entry in settings.entries:
