@@ -17,13 +17,20 @@ from moesaic.train.config import TrainConfig
 from moesaic.train.resume import load_run_config
 
 
+_WHOLE = (
+    "options",
+    "losses",
+    "loss_options",
+)  # tables whose entries belong together: given anew, the old ones are gone
+
+
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """``base`` with the entries of ``over``; tables are merged, everything else replaced. Router options are replaced whole."""
+    """``base`` with the entries of ``over``; tables are merged, everything else replaced, and so are options and losses."""
     merged = dict(base)
     for key, value in over.items():
         mine = merged.get(key)
         both = isinstance(mine, dict) and isinstance(value, dict)
-        merged[key] = merge(mine, value) if both and key not in ("options", "losses") else value  # type: ignore[arg-type]
+        merged[key] = merge(mine, value) if both and key not in _WHOLE else value  # type: ignore[arg-type]
     return merged
 
 
