@@ -16,7 +16,6 @@ from moesaic.models import Decoder, ModelConfig, build_model
 from moesaic.train.config import TrainConfig
 from moesaic.train.resume import load_run_config
 
-
 _WHOLE = (
     "options",
     "losses",
