@@ -19,7 +19,7 @@ from moesaic.compare.runner import Settings, Trial, make_entries, prepare, run_t
 from moesaic.compare.summary import COLUMNS, expert_rows, summarise
 from moesaic.compare.variants import VARIANTS, flops_ratio
 from moesaic.config import from_dict
-from moesaic.errors import ConfigError
+from moesaic.errors import ConfigError, MoesaicError
 from moesaic.report.compare import write_comparison
 from moesaic.train.config import TrainConfig
 from moesaic.train.log import read_metrics
@@ -211,3 +211,11 @@ def test_compute_is_counted_with_the_rows_that_were_measured(finished: tuple[Pat
     T, B = base.batch_size * base.seq_len, base.batch_size
     ratio = flops_ratio(entries[0].model, base.model, T, B, expert_rows(entries[0], doubled))
     assert 1.8 < ratio < 2
+
+
+def test_a_damaged_record_of_the_comparison_is_one_sentence(tmp_path: Path) -> None:
+    wanted = settings(tmp_path, ("topk",), seeds=1)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "compare.json").write_text('{"base": ')
+    with pytest.raises(MoesaicError, match="Cannot read .*compare.json"):
+        prepare(wanted, tmp_path / "out", resume=True, say=print)

@@ -136,17 +136,17 @@ def prepare(settings: Settings, out: Path, *, resume: bool, say: Say) -> list[Tr
         raise ConfigError(f"{out} holds other files; choose an empty folder or a new one for --out.")
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    if saved.exists():
-        _check_same(json.loads(saved.read_text("utf-8")), wanted, out)
+    begun = _read(saved) if saved.exists() else None
+    if begun is not None:
+        _check_same(begun, wanted, out)
     base = settings.base
     corpus = load_corpus(base.data, settings.seeds[0], say)
     wanted["text"] = corpus.fingerprint
-    if saved.exists() and json.loads(saved.read_text("utf-8")).get("text") != corpus.fingerprint:
+    if begun is not None and begun.get("text") != corpus.fingerprint:
         raise ConfigError(f"The text has changed since {out} was begun; restore it, or choose another --out.")
     tokenizer = out / "tokenizer.json"
     if not tokenizer.exists():
-        with disk_errors(tokenizer):
-            corpus.tokenizer.save(str(tokenizer))
+        atomic_file(tokenizer, corpus.tokenizer.to_str())
     atomic_file(saved, json.dumps(wanted, indent=1) + "\n")
     data = replace(base.data, tokenizer=str(tokenizer.resolve()))
     trials = []
@@ -242,6 +242,14 @@ def _finish(trial: Trial, say: Say) -> None:
         tail = (trial.folder / "log.txt").read_text("utf-8", "replace").strip().splitlines()[-1:]
         atomic_file(trial.folder / "error.txt", f"The run {how}. {' '.join(tail)}".strip() + "\n")
     say(f"{trial.name} failed: {trial.error()} The others go on.")
+
+
+def _read(path: Path) -> Any:
+    """The JSON of ``path``. Raises ``MoesaicError`` if it is none."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise MoesaicError(f"Cannot read {path} ({error}); restore it, or choose another --out.") from None
 
 
 def _check_same(saved: Any, wanted: dict[str, Any], out: Path) -> None:
