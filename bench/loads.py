@@ -21,7 +21,8 @@ def draw_router(num_experts: int, dim: int, generator: torch.Generator) -> Tenso
     rows_ED = torch.randn(num_experts, dim, generator=generator)
     if num_experts <= dim:
         rows_ED = torch.linalg.qr(rows_ED.T).Q.T
-    return (rows_ED / rows_ED.norm(dim=1, keepdim=True)).bfloat16().float()
+    unit_ED: Tensor = rows_ED / rows_ED.norm(dim=1, keepdim=True)
+    return unit_ED.bfloat16().float()
 
 
 def draw_choice(load: str, tokens: int, num_experts: int, k: int, generator: torch.Generator) -> Tensor:

@@ -111,8 +111,8 @@ def hf_peers(shape: Shape, weights: Weights, backends: Sequence[str] = HF_BACKEN
             num_experts_per_tok=shape.k,
             norm_topk_prob=True,
             hidden_act="silu",
-            experts_implementation=backend,
         )
+        config._experts_implementation = backend
         with torch.device("meta"):
             block = Qwen3MoeSparseMoeBlock(config)
         block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj = router, gate_up, down
