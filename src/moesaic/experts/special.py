@@ -14,6 +14,7 @@ from moesaic.experts.neurons import NeuronExperts
 from moesaic.experts.stacked import StackedExperts
 from moesaic.nn.linear import Linear
 from moesaic.nn.mlp import MLP, Activation
+from moesaic.ops.fused import Sources
 
 
 class WithSpecialExperts(nn.Module):
@@ -40,8 +41,13 @@ class WithSpecialExperts(nn.Module):
             nn.init.zeros_(self.constant_v)
             nn.init.normal_(self.constant_mix, std=0.02)
 
-    def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
-        """Rows grouped by expert, (N, D) to (N, D). No host synchronisation: kinds are told apart by row number."""
+    def forward(self, x_ND: Tensor, counts_E: Tensor, sources: Sources | None = None) -> Tensor:
+        """Rows grouped by expert, (N, D) to (N, D), or with ``sources`` tokens to tokens.
+
+        No host synchronisation: kinds are told apart by row number.
+        """
+        if sources is not None:
+            return self._from_tokens(x_ND, counts_E, sources)
         F = self.stacked.num_experts
         # Rows of special experts lie past the stacked ones' last group and come back as zeros.
         y_ND = self.stacked(x_ND, counts_E[:F])
@@ -61,6 +67,35 @@ class WithSpecialExperts(nn.Module):
             constant_ND = mix_N2[:, :1] * x_ND + mix_N2[:, 1:] * self.constant_v[c].to(x_ND.dtype)
             y_ND = torch.where(mine_N1, constant_ND, y_ND)
         return y_ND
+
+    def fuses(self, x: Tensor) -> bool:
+        """Whether the stacked experts do."""
+        return isinstance(self.stacked, StackedExperts) and self.stacked.fuses(x)
+
+    def _from_tokens(self, x_TD: Tensor, counts_E: Tensor, sources: Sources) -> Tensor:
+        # A special expert's output is a function of its token, so its rows are only a weight per token.
+        (token_N, weight_N, order_N), F = sources, self.stacked.num_experts
+        y_TD = self.stacked(x_TD, counts_E[:F], sources)
+        if not self.copy + self.constant:
+            return y_TD
+        ends_E = counts_E.cumsum(0)
+        place_N = torch.arange(len(order_N), device=order_N.device)
+        sorted_N, sorted_token_N = weight_N[order_N], token_N[order_N]
+
+        def weight_of(first: int, count: int) -> Tensor:
+            """(T, 1): each token's weight on experts first .. first + count."""
+            begin = ends_E[first - 1] if first else ends_E.new_zeros(())
+            mine_N = (place_N >= begin) & (place_N < ends_E[first + count - 1])
+            total_T = sorted_N.new_zeros(x_TD.shape[0])
+            return total_T.index_add(0, sorted_token_N, torch.where(mine_N, sorted_N, 0.0))[:, None]
+
+        total_TD = y_TD.to(weight_N.dtype)
+        if self.copy:
+            total_TD = total_TD + weight_of(F + self.zero, self.copy) * x_TD
+        for c in range(self.constant):
+            constant_TD = self.compute_one(F + self.zero + self.copy + c, x_TD)
+            total_TD = total_TD + weight_of(F + self.zero + self.copy + c, 1) * constant_TD
+        return total_TD.to(x_TD.dtype)
 
     def compute_one(self, index: int, x_ND: Tensor) -> Tensor:
         """One expert on rows (N, D), the specification."""

@@ -1,7 +1,8 @@
 """Feed-forward experts as stacked parameters: ``w_in`` (E, D, 2H or H) and ``w_out`` (E, H, D).
 
 Contract of everything that computes experts: ``forward(x_ND, counts_E) -> y_ND`` on rows grouped by expert; rows past the last
-group give zeros; an expert without rows keeps a zero gradient.
+group give zeros; an expert without rows keeps a zero gradient. Those that offer ``fuses`` may be called with a third argument,
+``sources``, to go from tokens to the weighted sum of each token's rows without the rows in between (``ops/fused.py``).
 
 Legend: N rows, E experts, D model width, H expert width.
 """
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from moesaic.errors import ConfigError, one_of
 from moesaic.nn.linear import init_fan_in_
 from moesaic.nn.mlp import ACTIVATIONS, Activation, apply_activation
+from moesaic.ops.fused import Sources, as_they_are, experts_mlp
 from moesaic.ops.grouped import BACKENDS, Backend, grouped_mm
 
 
@@ -24,7 +26,8 @@ class StackedExperts(nn.Module):
     Args:
         num_experts, dim, hidden: E, D, H.
         activation, gated: as in ``nn.MLP``; gate and up share ``w_in`` side by side, so that one product feeds both.
-        backend: of the grouped products, see ``ops/grouped.py``.
+        backend: "kernel" or "tiles" (``ops/fused.py``); "loop", "grouped_mm" or "reference" products (``ops/grouped.py``);
+            "auto" takes the kernel on the processor where there is one, else tiles; and ``grouped_mm`` on a GPU.
         dropout: in training, share of hidden units set to 0 (Switch fine-tunes with 0.4 here and 0.1 elsewhere).
     """
 
@@ -61,13 +64,24 @@ class StackedExperts(nn.Module):
             init_fan_in_(self.w_in.data[expert], self.dim, scale, generator)
             init_fan_in_(self.w_out.data[expert], self.hidden, scale * out_scale, generator)
 
-    def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
-        """Rows grouped by expert, (N, D) to (N, D), in ``x``'s dtype."""
-        hidden = grouped_mm(x_ND, self.w_in.to(x_ND.dtype), counts_E, self.backend)
+    def forward(self, x: Tensor, counts_E: Tensor, sources: Sources | None = None) -> Tensor:
+        """Rows grouped by expert, (N, D) to (N, D), in ``x``'s dtype; with ``sources`` tokens to tokens, (T, D) to (T, D)."""
+        if sources is not None or self.fuses(x):
+            return experts_mlp(
+                x, self.w_in, self.w_out, counts_E, sources or as_they_are(x), self.activation, self.gated,
+                "tiles" if self.backend == "tiles" else None,
+            )  # fmt: skip
+        hidden = grouped_mm(x, self.w_in.to(x.dtype), counts_E, self.backend)
         hidden = apply_activation(hidden, self.activation, self.gated)
         if self.dropout and self.training:
             hidden = F.dropout(hidden, self.dropout)
-        return grouped_mm(hidden, self.w_out.to(x_ND.dtype), counts_E, self.backend)
+        return grouped_mm(hidden, self.w_out.to(x.dtype), counts_E, self.backend)
+
+    def fuses(self, x: Tensor) -> bool:
+        """Whether gather, experts and combine of such tokens are one operation here: ``forward`` with ``sources``."""
+        if self.dropout and self.training:
+            return False
+        return self.backend in ("kernel", "tiles") or (self.backend == "auto" and x.device.type == "cpu")
 
     def expert(self, index: int) -> dict[str, Tensor]:
         """Named views of one expert's matrices: ``gate`` and ``up`` (D, H) or ``in`` (D, H), and ``out`` (H, D)."""

@@ -1,24 +1,13 @@
-"""Activations by name, and the dense feed-forward network, plain or gated."""
+"""The dense feed-forward network, plain or gated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
-
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesaic.nn.linear import Linear, init_fan_in_
+from moesaic.ops.activations import ACTIVATIONS, Activation, apply_activation
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "squared_relu"]
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "squared_relu": lambda x: F.relu(x).square(),
-}
+__all__ = ["ACTIVATIONS", "MLP", "Activation", "apply_activation"]
 
 
 class MLP(nn.Module):
@@ -43,11 +32,3 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
         return self.w_out(apply_activation(self.w_in(x), self.activation, self.gated))
-
-
-def apply_activation(hidden: Tensor, activation: Activation, gated: bool) -> Tensor:
-    """``act(gate) * up`` for gated networks ([gate | up] side by side in the last dimension), else ``act(hidden)``."""
-    if not gated:
-        return ACTIVATIONS[activation](hidden)
-    gate, up = hidden.chunk(2, dim=-1)
-    return ACTIVATIONS[activation](gate) * up

@@ -14,7 +14,7 @@ Legend: N rows, E experts, D and H matrix widths.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,9 @@ from torch import Tensor
 
 from moesaic.ops import reference
 
-Backend = Literal["auto", "loop", "grouped_mm", "reference"]
-BACKENDS = ("auto", "loop", "grouped_mm", "reference")
+# "kernel" and "tiles" are back ends of whole experts (ops/fused.py); for a product alone they mean "auto".
+Backend = Literal["auto", "kernel", "tiles", "loop", "grouped_mm", "reference"]
+BACKENDS = get_args(Backend)
 
 
 def grouped_mm(x_ND: Tensor, w_EDH: Tensor, counts_E: Tensor, backend: Backend = "auto") -> Tensor:
@@ -43,7 +44,7 @@ def grouped_mm(x_ND: Tensor, w_EDH: Tensor, counts_E: Tensor, backend: Backend =
         )
     if x_ND.dtype != w_EDH.dtype:
         raise ValueError(f"grouped_mm needs x and w of one dtype; got {x_ND.dtype} and {w_EDH.dtype}")
-    if backend == "auto":
+    if backend in ("auto", "kernel", "tiles"):
         backend = pick_backend(x_ND, w_EDH)
     if backend == "reference":
         return reference.grouped_mm(x_ND, w_EDH, counts_E)
@@ -80,7 +81,7 @@ def _compiles_per_shape(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
 
 
-def _rows_times(x_ND: Tensor, w_DH: Tensor, out_NH: Tensor) -> None:
+def rows_times(x_ND: Tensor, w_DH: Tensor, out_NH: Tensor) -> None:
     """``out = x @ w``."""
     whole = x_ND.shape[0] // _ROWS * _ROWS
     if not _compiles_per_shape(x_ND) or whole in (0, x_ND.shape[0]):
@@ -90,7 +91,7 @@ def _rows_times(x_ND: Tensor, w_DH: Tensor, out_NH: Tensor) -> None:
     torch.mm(x_ND[whole:], w_DH, out=out_NH[whole:])
 
 
-def _transposed_times(x_ND: Tensor, grad_NH: Tensor, out_DH: Tensor) -> None:
+def transposed_times(x_ND: Tensor, grad_NH: Tensor, out_DH: Tensor) -> None:
     """``out = x^T @ grad``: one product over zero-padded rows, because adding two would round twice."""
     short = -x_ND.shape[0] % _ROWS
     if _compiles_per_shape(x_ND) and short and x_ND.shape[0] > _ROWS:
@@ -104,7 +105,7 @@ def _loop(x_ND: Tensor, w_EDH: Tensor, counts: list[int]) -> Tensor:
     for expert, count in enumerate(counts):
         if count:
             rows = slice(start, start + count)
-            _rows_times(x_ND[rows], w_EDH[expert], y_NH[rows])
+            rows_times(x_ND[rows], w_EDH[expert], y_NH[rows])
             start += count
     y_NH[start:].zero_()
     return y_NH
@@ -120,10 +121,10 @@ def _loop_backward(
     for expert, count in enumerate(counts):
         rows = slice(start, start + count)
         if count and grad_x_ND is not None:
-            _rows_times(grad_NH[rows], w_EDH[expert].T, grad_x_ND[rows])
+            rows_times(grad_NH[rows], w_EDH[expert].T, grad_x_ND[rows])
         if grad_w_EDH is not None:
             if count:
-                _transposed_times(x_ND[rows], grad_NH[rows], grad_w_EDH[expert])
+                transposed_times(x_ND[rows], grad_NH[rows], grad_w_EDH[expert])
             else:
                 grad_w_EDH[expert].zero_()
         start += count

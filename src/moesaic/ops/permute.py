@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moesaic.ops.kernel import call as kernel
+
 
 class Grouping(NamedTuple):
     """How natural row order maps to expert order.
@@ -29,6 +31,8 @@ class Grouping(NamedTuple):
 
 def group_rows(expert_N: Tensor, num_experts: int) -> Grouping:
     """Stable grouping of rows by expert id in [0, E]; E sorts last and is not counted. No host synchronisation."""
+    if expert_N.device.type == "cpu" and not torch.compiler.is_compiling() and kernel.loaded():
+        return Grouping(*kernel.group(expert_N, num_experts))
     sorted_N, order_N = torch.sort(expert_N, stable=True)
     places_N = torch.arange(len(order_N), device=order_N.device)
     inverse_N = torch.empty_like(order_N).scatter_(0, order_N, places_N)

@@ -1,0 +1,188 @@
+"""The experts of a layer from tokens to tokens: ``y[t] = sum over rows n of token t: weight[n] * expert(e[n], x[t])``.
+
+>>> grouping = group_rows(expert_N, E)
+>>> y_TD = experts_mlp(x_TD, w_in, w_out, grouping.counts_E, Sources(token_N, weight_N, grouping.order_N))
+
+Two back ends of one meaning, for any plan: "kernel" (C, ``ops/kernel/``: fp32 and bf16 on the processor) and "tiles" (PyTorch
+alone, expert by expert in small buffers; any float dtype, any device). Neither stores anything of the size (rows, dim):
+backward keeps x and the products before the activation, recomputes the cheap rest, and gets the gradient of a row's weight from
+``<dy W_out^T, h>`` instead of from the row's output (as SonicMoE does). Sums over a token's experts run in fp32.
+
+Under ``torch.compile`` both are one opaque operator each way.
+
+Legend: T tokens, N rows, E experts, D model width, H expert width, W columns of ``w_in`` (2H gated, H plain).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moesaic.ops import tiles
+from moesaic.ops.kernel import call as kernel
+from moesaic.ops.kernel.build import has_amx
+from moesaic.ops.kernel.call import Rows, Shape
+
+FusedBackend = Literal["kernel", "tiles"]
+
+
+class Sources(NamedTuple):
+    """Where rows grouped by expert come from and how much they count.
+
+    ``token_N``, ``weight_N``: token (int64) and weight (fp32; fp64 beside fp64) of each natural row; ``order_N`` (int64): the
+    natural row at each grouped place.
+    """
+
+    token_N: Tensor
+    weight_N: Tensor
+    order_N: Tensor
+
+
+def as_they_are(x_ND: Tensor) -> Sources:
+    """Rows that are grouped already: each its own token, at weight 1."""
+    place_N = torch.arange(x_ND.shape[0], device=x_ND.device)
+    dtype = torch.float64 if x_ND.dtype == torch.float64 else torch.float32
+    return Sources(place_N, torch.ones(x_ND.shape[0], dtype=dtype, device=x_ND.device), place_N)
+
+
+def pick_fused(x_TD: Tensor, w_in: Tensor, rows: int) -> FusedBackend:
+    """What "auto" means on the processor: the kernel where it exists and is the faster one.
+
+    PyTorch's bf16 products use AMX tiles where there are any, several times faster than the kernel's instructions, once
+    there are enough rows to be worth a product.
+    """
+    if not kernel.usable(x_TD, w_in):
+        return "tiles"
+    if x_TD.dtype == torch.bfloat16 and has_amx() and rows >= 16 * w_in.shape[0]:
+        return "tiles"
+    return "kernel"
+
+
+def experts_mlp(
+    x_TD: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    counts_E: Tensor,
+    sources: Sources,
+    activation: str = "silu",
+    gated: bool = True,
+    backend: FusedBackend | None = None,
+) -> Tensor:
+    """Feed-forward experts on the tokens a plan sends them.
+
+    Args:
+        x_TD: tokens.
+        w_in, w_out: (E, D, W) and (E, H, D), in ``x``'s dtype; on the kernel also fp32 beside bf16 tokens, rounded at use.
+        counts_E: int64 rows per expert; rows past the last group are not computed.
+        sources: of the rows.
+
+    Returns (T, D) in ``x``'s dtype; tokens without rows get zeros, experts without rows a zero gradient.
+    """
+    token_N, weight_N, order_N = sources
+    backend = backend or pick_fused(x_TD, w_in, token_N.shape[0])
+    if backend == "tiles" or w_in.dtype not in (x_TD.dtype, torch.float32):
+        w_in, w_out = w_in.to(x_TD.dtype), w_out.to(x_TD.dtype)
+    inputs = [x_TD, w_in, w_out, weight_N, token_N, order_N, counts_E]
+    if torch.compiler.is_compiling():
+        opaque_TD: Tensor = _opaque(*inputs, activation, gated, backend == "kernel")[0]
+        return opaque_TD
+    shape = Shape(activation, gated)
+    inputs = [tensor.contiguous() for tensor in inputs]
+    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in inputs[:4]):
+        return _forward(inputs, shape, backend == "kernel", keep=False)[0]
+    y_TD: Tensor = _Experts.apply(*inputs, shape, backend == "kernel")
+    return y_TD
+
+
+def _forward(inputs: list[Tensor], shape: Shape, use_kernel: bool, keep: bool) -> tuple[Tensor, Tensor | None]:
+    x_TD, w_in, w_out, weight_N, *rows = inputs
+    run = kernel.forward if use_kernel else tiles.forward
+    return run(x_TD, w_in, w_out, weight_N, Rows(*rows), shape, keep)
+
+
+def _backward(
+    dy_TD: Tensor, inputs: list[Tensor], pre_NW: Tensor, shape: Shape, use_kernel: bool,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    x_TD, w_in, w_out, weight_N, *rows = inputs
+    run = kernel.backward if use_kernel else tiles.backward
+    return run(dy_TD, x_TD, w_in, w_out, weight_N, Rows(*rows), shape, pre_NW, needs)
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *tensors, ctx.shape, ctx.use_kernel = inputs
+        y_TD, pre_NW = _forward(tensors, ctx.shape, ctx.use_kernel, keep=True)
+        ctx.save_for_backward(*tensors, pre_NW)
+        return y_TD
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, pre_NW = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:4]
+        gradients = _backward(dy_TD.contiguous(), tensors, pre_NW, ctx.shape, ctx.use_kernel, needs)
+        return *gradients, None, None, None, None, None
+
+
+# ---- the same as operators, for torch.compile ----------------------------------------------------------------------------
+
+
+@torch.library.custom_op("moesaic::experts_mlp", mutates_args=())
+def _opaque(
+    x_TD: Tensor, w_in: Tensor, w_out: Tensor, weight_N: Tensor, token_N: Tensor, order_N: Tensor,
+    counts_E: Tensor, activation: str, gated: bool, use_kernel: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    inputs = [x_TD, w_in, w_out, weight_N, token_N, order_N, counts_E]
+    inputs = [tensor.contiguous() for tensor in inputs]
+    y_TD, pre_NW = _forward(inputs, Shape(activation, gated), use_kernel, keep=True)
+    assert pre_NW is not None
+    return y_TD, pre_NW
+
+
+@_opaque.register_fake
+def _(
+    x_TD: Tensor, w_in: Tensor, w_out: Tensor, weight_N: Tensor, token_N: Tensor, order_N: Tensor,
+    counts_E: Tensor, activation: str, gated: bool, use_kernel: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return x_TD.new_empty(x_TD.shape), x_TD.new_empty(token_N.shape[0], w_in.shape[2])
+
+
+@torch.library.custom_op("moesaic::experts_mlp_backward", mutates_args=())
+def _opaque_backward(
+    dy_TD: Tensor, pre_NW: Tensor, x_TD: Tensor, w_in: Tensor, w_out: Tensor, weight_N: Tensor, token_N: Tensor,
+    order_N: Tensor, counts_E: Tensor, activation: str, gated: bool, use_kernel: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    inputs = [x_TD, w_in, w_out, weight_N, token_N, order_N, counts_E]
+    inputs = [tensor.contiguous() for tensor in inputs]
+    shape, needs = Shape(activation, gated), (True, True, True, True)
+    gradients = _backward(dy_TD.contiguous(), inputs, pre_NW.contiguous(), shape, use_kernel, needs)
+    dx_TD, dw_in, dw_out, dweight_N = gradients
+    assert dx_TD is not None and dw_in is not None and dw_out is not None and dweight_N is not None
+    return dx_TD, dw_in, dw_out, dweight_N
+
+
+@_opaque_backward.register_fake
+def _(
+    dy_TD: Tensor, pre_NW: Tensor, x_TD: Tensor, w_in: Tensor, w_out: Tensor, weight_N: Tensor, token_N: Tensor,
+    order_N: Tensor, counts_E: Tensor, activation: str, gated: bool, use_kernel: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    like = (x_TD, w_in, w_out, weight_N)
+    dx_TD, dw_in, dw_out, dweight_N = (tensor.new_empty(tensor.shape) for tensor in like)
+    return dx_TD, dw_in, dw_out, dweight_N
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1], *inputs[:7])
+    ctx.rest = inputs[7:]
+
+
+def _compiled_backward(ctx: Any, dy_TD: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    gradients = _opaque_backward(dy_TD, *ctx.saved_tensors, *ctx.rest)
+    return *gradients, None, None, None, None, None, None
+
+
+_opaque.register_autograd(_compiled_backward, setup_context=_save)

@@ -1,0 +1,152 @@
+"""From tensors to the C kernels: addresses, sizes and which case a call is. No autograd here; see ``ops/fused.py``.
+
+Legend: T tokens, N rows, E experts, D model width, H expert width, W columns of ``w_in`` (2H gated, H plain).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moesaic.ops import phases
+from moesaic.ops.kernel.build import available
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "squared_relu": 4}
+_FEW_ROWS = 8  # of the busiest expert, up to which weights are read where they lie instead of being packed
+_PHASES = ("gather", "products", "activation", "combine", "wait")
+
+
+class _Job(ctypes.Structure):
+    """``job`` of job.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("tokens", "rows", "dim", "hidden", "experts", "gated", "activation")),
+        *((name, ctypes.c_int64) for name in ("threads", "x_type", "w_type")),
+        *((name, ctypes.c_void_p) for name in ("x", "w_in", "w_out", "token", "order", "counts", "weight")),
+        *((name, ctypes.c_void_p) for name in ("pre", "sum", "out", "dy", "dw_in", "dw_out", "dweight", "seconds")),
+    )
+
+
+class Rows(NamedTuple):
+    """Where rows come from: the token of each natural row, natural rows in expert order, rows per expert; all int64."""
+
+    token_N: Tensor
+    order_N: Tensor
+    counts_E: Tensor
+
+
+class Shape(NamedTuple):
+    """What of a call is not a tensor: activation by name, whether gated."""
+
+    activation: str
+    gated: bool
+
+
+@torch.compiler.assume_constant_result
+def loaded() -> bool:
+    """Whether there are kernels to call (compiling them now if nobody has)."""
+    return available().functions is not None
+
+
+def usable(x_TD: Tensor, w_in: Tensor) -> bool:
+    """Whether the kernels take these tensors: on the processor, fp32 or bf16, weights in the same dtype or fp32."""
+    return (
+        x_TD.device.type == "cpu"
+        and w_in.device.type == "cpu"
+        and x_TD.dtype in _TYPES
+        and w_in.dtype in (x_TD.dtype, torch.float32)
+        and loaded()
+    )
+
+
+def _job(x_TD: Tensor, w_in: Tensor, w_out: Tensor, weight_N: Tensor, rows: Rows, shape: Shape) -> _Job:
+    return _Job(
+        x_TD.shape[0], rows.token_N.shape[0], w_in.shape[1], w_out.shape[1], w_in.shape[0], shape.gated,
+        _ACTIVATIONS[shape.activation], torch.get_num_threads(), _TYPES[x_TD.dtype], _TYPES[w_in.dtype],
+        x_TD.data_ptr(), w_in.data_ptr(), w_out.data_ptr(), rows.token_N.data_ptr(), rows.order_N.data_ptr(),
+        rows.counts_E.data_ptr(), weight_N.data_ptr(),
+    )  # fmt: skip
+
+
+def _run(name: str, job: _Job) -> None:
+    library = available().functions
+    assert library is not None
+    seconds = None
+    if phases.listening():
+        seconds = (ctypes.c_double * len(_PHASES))()
+        job.seconds = ctypes.addressof(seconds)
+    if getattr(library, name)(ctypes.byref(job)):
+        raise MemoryError("The experts' kernels found no memory for their buffers; free some, or use fewer threads.")
+    if seconds is not None:
+        for phase, taken in zip(_PHASES, seconds, strict=True):
+            phases.add(phase, taken)
+
+
+def _sums(x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 sums and the result in x's dtype, one tensor where that is fp32."""
+    out_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
+    return (out_TD if x_TD.dtype == torch.float32 else torch.empty(x_TD.shape)), out_TD
+
+
+def forward(
+    x_TD: Tensor, w_in: Tensor, w_out: Tensor, weight_N: Tensor, rows: Rows, shape: Shape,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """(T, D) in x's dtype; with ``keep`` also what backward needs, (rows, W): products before the activation.
+
+    All tensors contiguous; ``weight_N`` fp32, indices int64.
+    """
+    job = _job(x_TD, w_in, w_out, weight_N, rows, shape)
+    sum_TD, out_TD = _sums(x_TD)
+    job.sum, job.out = sum_TD.data_ptr(), out_TD.data_ptr()
+    pre_NW = None
+    if keep:
+        pre_NW = x_TD.new_empty(rows.token_N.shape[0], w_in.shape[2])
+        job.pre = pre_NW.data_ptr()
+    few = not keep and rows.token_N.shape[0] <= 64 * _FEW_ROWS and int(rows.counts_E.max()) <= _FEW_ROWS
+    _run("moesaic_experts_few" if few else "moesaic_experts_forward", job)
+    return out_TD, pre_NW
+
+
+def backward(
+    dy_TD: Tensor, x_TD: Tensor, w_in: Tensor, w_out: Tensor, weight_N: Tensor, rows: Rows,
+    shape: Shape, pre_NW: Tensor, needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of x, w_in, w_out and weight_N, each None where ``needs`` says so."""
+    job = _job(x_TD, w_in, w_out, weight_N, rows, shape)
+    job.dy, job.pre = dy_TD.data_ptr(), pre_NW.data_ptr()
+    out_TD = dw_in = dw_out = dweight_N = None
+    if needs[0]:
+        sum_TD, out_TD = _sums(x_TD)
+        job.sum, job.out = sum_TD.data_ptr(), out_TD.data_ptr()
+    if needs[1]:
+        dw_in = torch.empty_like(w_in)
+        job.dw_in = dw_in.data_ptr()
+    if needs[2]:
+        dw_out = torch.empty_like(w_out)
+        job.dw_out = dw_out.data_ptr()
+    if needs[3]:
+        dweight_N = torch.zeros_like(weight_N)  # rows that go nowhere are never visited
+        job.dweight = dweight_N.data_ptr()
+    _run("moesaic_experts_backward", job)
+    return out_TD, dw_in, dw_out, dweight_N
+
+
+def group(expert_N: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(order, inverse, counts) of a stable counting sort of int64 ids in [0, E]. Raises ``ValueError`` outside."""
+    library = available().functions
+    assert library is not None
+    expert_N = expert_N.contiguous()
+    found = torch.empty_like(expert_N), torch.empty_like(expert_N), expert_N.new_empty(num_experts)
+    failed = library.moesaic_group(
+        ctypes.c_void_p(expert_N.data_ptr()), ctypes.c_int64(expert_N.shape[0]), ctypes.c_int64(num_experts),
+        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in found),
+    )  # fmt: skip
+    if failed:
+        low, high = int(expert_N.min()), int(expert_N.max())
+        raise ValueError(f"rows must name experts in 0 to {num_experts}; got {low} to {high}")
+    return found

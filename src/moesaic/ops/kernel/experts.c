@@ -1,0 +1,359 @@
+// The feed-forward experts of a sparse layer, forward and backward, from tokens to tokens: gather, product, activation, product,
+// weighted sum, in buffers that stay in cache.
+//
+// Work goes in waves of whole experts. In a wave, tasks (an expert's rows, cut evenly) run on any thread; then every thread adds
+// the wave's rows into its own columns of the result, in the order of the rows. So nothing of the size (rows x dim) is ever
+// stored, no two threads write one number, and the sums have one order whatever the number of threads.
+#include <omp.h>
+#include <time.h>
+#include "job.h"
+#include "product.h"
+
+#define CHUNK 256   // rows of one expert in a task
+#define DEPTH 1024  // rows of one expert added up in one go for the gradient of its weights
+
+typedef struct { int64_t expert, first, rows, part, parts; } task;  // rows: grouped places
+
+// Fresh memory is mapped 4 KiB at a time, 0.24 ms a MiB; asked for in huge pages it costs a few per cent of that.
+static void huge(void *p, size_t size) {
+#if defined(MADV_HUGEPAGE)
+  uintptr_t from = ((uintptr_t)p + 4095) & ~(uintptr_t)4095, to = ((uintptr_t)p + size) & ~(uintptr_t)4095;
+  if (p && size >= (4u << 20)) madvise((void *)from, to - from, MADV_HUGEPAGE);
+#else
+  (void)p, (void)size;
+#endif
+}
+
+static double now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec + 1e-9 * t.tv_nsec;
+}
+#define TICK(phase) if (clock) { double t_ = now(); clock[phase] += t_ - clock[PHASES]; clock[PHASES] = t_; }
+
+// ---- one product on one thread --------------------------------------------------------------------------------------------
+
+typedef struct { void *at; long stride; int type; } target;
+
+// Tiles of a packed "a" (all its panels) times one packed panel of b, columns col.. of the target.
+INLINE void panel_times(int word, const uint32_t *pa, const uint32_t *pb, long height, long k, target c, int type, long col, long cols, int add) {
+  long kw = words(word, k);
+  float small[ROWS * COLS] __attribute__((aligned(64)));
+  for (long i = 0; i < height; i += ROWS) {
+    int h = (int)least(ROWS, height - i);
+    const uint32_t *a = pa + i * kw;
+    if (type == F32 && col + COLS <= cols) {
+      any_tile(word, h, a, pb, kw, (float *)c.at + i * c.stride + col, c.stride, add);
+      continue;
+    }
+    any_tile(word, h, a, pb, kw, small, COLS, 0);
+    for (int r = 0; r < h; r++) {
+      long at = (i + r) * c.stride + col;
+      int n = (int)least(COLS, cols - col), j = 0;
+      if (add) {  // only ever into fp32
+        for (; j < n; j++) ((float *)c.at)[at + j] += small[r * COLS + j];
+        continue;
+      }
+      for (; j + LANES <= n; j += LANES) store_as(type, c.at, at + j, load(small + r * COLS + j));
+      for (; j < n; j++) store_as_1(type, c.at, at + j, small[r * COLS + j]);
+    }
+  }
+}
+
+// c (m, n) = a (m, k) b, where b is (k, n), or (n, k) transposed. Reads b once.
+INLINE void multiply(uint32_t *pa, uint32_t *pb, const matrix *a, int a_type, int a_word, const matrix *b, int b_type, int b_word,
+                     int transposed, long m, long k, long n, target c, int c_type, double *clock) {
+  long kw = words(a_word, k);
+  for (long i = 0; i < m; i += ROWS) pack_along(pa + i * kw, ROWS, a, a_type, a_word, i, m, k);
+  TICK(GATHER)
+  for (long j = 0; j < n; j += COLS) {
+    if (transposed) pack_along(pb, COLS, b, b_type, b_word, j, n, k);
+    else pack_down(pb, COLS, b, b_type, b_word, k, j, n);
+    panel_times(a_word, pa, pb, m, k, c, c_type, j, n, 0);
+  }
+  TICK(PRODUCTS)
+}
+
+// c (m, columns from .. to of n) = a^T b with a (k, m) and b (k, n): the gradient of weights, k rows of one expert.
+INLINE void multiply_rows(uint32_t *pa, uint32_t *pb, const matrix *a, const matrix *b, int type, int word, long m, long k, long n,
+                          long from, long to, target c, int c_type, double *clock) {
+  float *wide = NULL;
+  if (c_type != F32 && k > DEPTH) wide = scratch(WIDE, sizeof(float) * m * (to - from));
+  for (long at = 0; at < k; at += DEPTH) {
+    long deep = least(DEPTH, k - at), kw = words(word, deep);
+    matrix ak = *a, bk = *b;
+    if (a->index) ak.index += at; else ak.base = row_of(a, type, at);
+    if (b->index) bk.index += at; else bk.base = row_of(b, type, at);
+    for (long i = 0; i < m; i += ROWS) pack_down(pa + i * kw, ROWS, &ak, type, word, deep, i, m);
+    TICK(GATHER)
+    for (long j = from; j < to; j += COLS) {
+      pack_down(pb, COLS, &bk, type, word, deep, j, n);
+      if (wide) panel_times(word, pa, pb, m, deep, (target){wide - from, to - from, F32}, F32, j, to, at > 0);
+      else panel_times(word, pa, pb, m, deep, c, c_type, j, n, at > 0);
+    }
+    TICK(PRODUCTS)
+  }
+  for (long i = 0; wide && i < m; i++)
+    for (long j = from; j < to; j++) store_as_1(c_type, c.at, i * c.stride + j, wide[i * (to - from) + j - from]);
+}
+
+// ---- tasks ----------------------------------------------------------------------------------------------------------------
+
+typedef struct {  // shared by all threads of a call
+  const job *j;
+  long width, deepest;   // columns of w_in; rows of the busiest expert
+  int64_t *token;        // of each grouped place
+  int64_t *starts;       // (experts + 1) first grouped place
+  float *wave;           // (rows of the wave, dim): outputs, or gradients of inputs
+  char *dpre, *scaled;   // backward, x_type: (rows of the wave, width), (rows of the wave, hidden)
+  long first;            // grouped place at which the wave starts
+  long num, num_more;    // tasks of the wave: rows, gradients of weights
+} call;
+
+INLINE uint32_t *panels_a(const call *c, int word) {
+  const job *j = c->j;
+  long a = (CHUNK + 2 * ROWS) * words(word, most(j->dim, c->width)), b = (most(j->dim, j->hidden) + ROWS) * words(word, least(c->deepest, DEPTH));
+  return scratch(PANELS_A, 4 * (most(a, b) + 2 * LANES));
+}
+INLINE uint32_t *panels_b(const call *c, int word) {
+  return scratch(PANELS_B, 4 * COLS * (words(word, most(most(c->j->dim, c->width), least(c->deepest, DEPTH))) + 2));
+}
+
+INLINE void activate_row(const job *j, int type, const void *pre, void *hidden) {
+  long H = j->hidden, i = 0;
+  int act = (int)j->activation;
+  for (; i + LANES <= H; i += LANES) {
+    vf y = activate(act, load_as(type, pre, i));
+    if (j->gated) y *= load_as(type, pre, H + i);
+    store_as(type, hidden, i, y);
+  }
+  for (; i < H; i++) {
+    float y = activate(act, splat(load_as_1(type, pre, i)))[0];
+    if (j->gated) y *= load_as_1(type, pre, H + i);
+    store_as_1(type, hidden, i, y);
+  }
+}
+
+INLINE void forward_task(const call *c, task t, int xt, int wt, int xw, int ww, double *clock) {
+  const job *j = c->j;
+  long D = j->dim, H = j->hidden, W = c->width;
+  uint32_t *pa = panels_a(c, xw), *pb = panels_b(c, xw);
+  char *pre = scratch(ROW_BUFFER, size_of(xt) * t.rows * (W + H)), *hidden = pre + size_of(xt) * t.rows * W;
+  if (j->pre) pre = (char *)j->pre + size_of(xt) * t.first * W;
+  matrix x = {j->x, c->token + t.first, D, xt}, h = {hidden, NULL, H, xt};
+  matrix w_in = {(const char *)j->w_in + size_of(wt) * t.expert * D * W, NULL, W, wt};
+  matrix w_out = {(const char *)j->w_out + size_of(wt) * t.expert * H * D, NULL, D, wt};
+  multiply(pa, pb, &x, xt, xw, &w_in, wt, ww, 0, t.rows, D, W, (target){pre, W, xt}, xt, clock);
+  for (long r = 0; r < t.rows; r++) activate_row(j, xt, pre + size_of(xt) * r * W, hidden + size_of(xt) * r * H);
+  TICK(ACTIVATION)
+  multiply(pa, pb, &h, xt, xw, &w_out, wt, ww, 0, t.rows, H, D, (target){c->wave + (t.first - c->first) * D, D, F32}, F32, clock);
+}
+
+// From the gradient g of the unweighted hidden row: the gradient of the weight, of the row before the activation, and the weighted row.
+INLINE float activate_back_row(const job *j, int type, float weight, const void *pre, const float *g, void *dpre, void *scaled) {
+  long H = j->hidden, i = 0;
+  int act = (int)j->activation;
+  vf total = {0};
+  float dweight = 0;
+  for (; i + LANES <= H; i += LANES) {
+    vf slope, a = activate_both(act, load_as(type, pre, i), &slope), gi = load(g + i), dh = gi * weight;
+    if (j->gated) {
+      vf u = load_as(type, pre, H + i);
+      store_as(type, dpre, i, dh * u * slope), store_as(type, dpre, H + i, dh * a);
+      a *= u;
+    } else {
+      store_as(type, dpre, i, dh * slope);
+    }
+    total += gi * a;
+    store_as(type, scaled, i, a * weight);
+  }
+  for (int l = 0; l < LANES; l++) dweight += total[l];
+  for (; i < H; i++) {
+    vf slope, v = activate_both(act, splat(load_as_1(type, pre, i)), &slope);
+    float a = v[0], dh = g[i] * weight;
+    if (j->gated) {
+      float u = load_as_1(type, pre, H + i);
+      store_as_1(type, dpre, i, dh * u * slope[0]), store_as_1(type, dpre, H + i, dh * a);
+      a *= u;
+    } else {
+      store_as_1(type, dpre, i, dh * slope[0]);
+    }
+    dweight += g[i] * a;
+    store_as_1(type, scaled, i, a * weight);
+  }
+  return dweight;
+}
+
+INLINE void backward_task(const call *c, task t, int xt, int wt, int xw, int ww, double *clock) {
+  const job *j = c->j;
+  long D = j->dim, H = j->hidden, W = c->width, at = t.first - c->first;
+  uint32_t *pa = panels_a(c, xw), *pb = panels_b(c, xw);
+  float *g = scratch(ROW_BUFFER, sizeof(float) * t.rows * H);
+  char *dpre = c->dpre + size_of(xt) * at * W, *scaled = c->scaled + size_of(xt) * at * H;
+  const char *pre = (const char *)j->pre + size_of(xt) * t.first * W;
+  matrix dy = {j->dy, c->token + t.first, D, xt}, dp = {dpre, NULL, W, xt};
+  matrix w_in = {(const char *)j->w_in + size_of(wt) * t.expert * D * W, NULL, W, wt};
+  matrix w_out = {(const char *)j->w_out + size_of(wt) * t.expert * H * D, NULL, D, wt};
+  multiply(pa, pb, &dy, xt, xw, &w_out, wt, ww, 1, t.rows, D, H, (target){g, H, F32}, F32, clock);
+  for (long r = 0; r < t.rows; r++) {
+    int64_t row = j->order[t.first + r];
+    float dw = activate_back_row(j, xt, j->weight[row], pre + size_of(xt) * r * W, g + r * H, dpre + size_of(xt) * r * W, scaled + size_of(xt) * r * H);
+    if (j->dweight) j->dweight[row] = dw;
+  }
+  TICK(ACTIVATION)
+  if (j->sum) multiply(pa, pb, &dp, xt, xw, &w_in, wt, ww, 1, t.rows, W, D, (target){c->wave + at * D, D, F32}, F32, clock);
+}
+
+// Gradient of one expert's matrices: columns [part / parts, (part + 1) / parts) of w_in (even tasks) or w_out (odd ones).
+INLINE void weights_task(const call *c, task t, int xt, int wt, int xw, double *clock) {
+  const job *j = c->j;
+  long D = j->dim, H = j->hidden, W = c->width, at = t.first - c->first;
+  int out = t.part & 1;
+  long m = out ? H : D, n = out ? D : W, piece = up((n + t.parts - 1) / t.parts, COLS), from = t.part / 2 * piece, to = least(n, from + piece);
+  char *dw = out ? j->dw_out : j->dw_in;
+  if (!dw || from >= to) return;
+  dw += size_of(wt) * t.expert * m * n;
+  if (!t.rows) {
+    for (long i = 0; i < m; i++) memset(dw + size_of(wt) * (i * n + from), 0, size_of(wt) * (to - from));
+    TICK(PRODUCTS)
+    return;
+  }
+  uint32_t *pa = panels_a(c, xw), *pb = panels_b(c, xw);
+  matrix x = {j->x, c->token + t.first, D, xt}, dp = {c->dpre + size_of(xt) * at * W, NULL, W, xt};
+  matrix dy = {j->dy, c->token + t.first, D, xt}, h = {c->scaled + size_of(xt) * at * H, NULL, H, xt};
+  multiply_rows(pa, pb, out ? &h : &x, out ? &dy : &dp, xt, xw, m, t.rows, n, from, to, (target){dw, n, wt}, wt, clock);
+}
+
+enum { FORWARD, BACKWARD, WEIGHTS };
+#define KIND(NAME, XT, WT, XW, WW)                                                                \
+  static __attribute__((noinline)) void NAME(const call *c, int what, task t, double *clock) {    \
+    if (what == FORWARD) forward_task(c, t, XT, WT, XW, WW, clock);                               \
+    else if (what == BACKWARD) backward_task(c, t, XT, WT, XW, WW, clock);                        \
+    else weights_task(c, t, XT, WT, XW, clock);                                                   \
+  }
+KIND(run_fp32, F32, F32, PLAIN, PLAIN)
+#if HAVE_DOT
+KIND(run_bf16, BF16, BF16, DOT, DOT)
+KIND(run_mixed, BF16, F32, DOT, DOT)
+#else
+KIND(run_bf16, BF16, BF16, PLAIN, PLAIN)
+KIND(run_mixed, BF16, F32, PLAIN, ROUNDED)
+#endif
+
+static void run(const call *c, int what, task t, double *clock) {
+  if (c->j->x_type == F32) run_fp32(c, what, t, clock);
+  else if (c->j->w_type == F32) run_mixed(c, what, t, clock);
+  else run_bf16(c, what, t, clock);
+}
+
+// ---- waves ----------------------------------------------------------------------------------------------------------------
+
+// Add the wave's rows into columns from .. to of the sums, in their order.
+static void add_rows(const call *c, long end, long from, long to, int weighted) {
+  const job *j = c->j;
+  for (long i = c->first; i < end; i++) {
+    float w = weighted ? j->weight[j->order[i]] : 1.0f;
+    const float *row = c->wave + (i - c->first) * j->dim;
+    float *sum = j->sum + c->token[i] * j->dim;
+    long d = from;
+    for (; d + LANES <= to; d += LANES) store(sum + d, load(sum + d) + load(row + d) * w);
+    for (; d < to; d++) sum[d] += row[d] * w;
+  }
+}
+
+// All a thread will need, so that running out of memory is noticed before anything is computed.
+static int reserve(const call *c, int backward, int wide) {
+  const job *j = c->j;
+  long buffer = CHUNK * (backward ? 4 * j->hidden : wide * (c->width + j->hidden));
+  long sums = backward && j->w_type != F32 && c->deepest > DEPTH ? 4 * j->dim * most(c->width, j->dim) : 0;
+  return panels_a(c, PLAIN) && panels_b(c, PLAIN) && scratch(ROW_BUFFER, buffer) && (!sums || scratch(WIDE, sums));
+}
+
+static int go(const job *j, int backward) {
+  long E = j->experts, D = j->dim, H = j->hidden, T = j->tokens, width = H * (1 + j->gated);
+  int threads = (int)most(1, j->threads);
+  call c = {.j = j, .width = width};
+  c.starts = malloc(sizeof(int64_t) * (E + 1 + 1));
+  if (!c.starts) return 1;
+  c.starts[0] = 0;
+  long chunks = 0;
+  for (long e = 0; e < E; e++) {
+    c.starts[e + 1] = c.starts[e] + j->counts[e];
+    c.deepest = most(c.deepest, j->counts[e]);
+    chunks += (j->counts[e] + CHUNK - 1) / CHUNK;
+  }
+  long rows = c.starts[E], wave_rows = most(2048, 512 * threads), biggest = least(rows, wave_rows + c.deepest);
+  int wide = j->x_type == F32 ? 4 : 2, wt = j->w_type == F32 ? 4 : 2;
+  task *tasks = malloc(sizeof(task) * (chunks + 1)), *more = malloc(sizeof(task) * (2 * E * (long)(2 + 4 * threads) + 1));
+  c.token = malloc(sizeof(int64_t) * (rows + 1));
+  char *block = scratch(SHARED, (size_t)biggest * (sizeof(float) * D + (backward ? wide * (width + H) : 0)) + 256);
+  int failed = !tasks || !more || !c.token || !block;
+  if (!failed) {
+    c.wave = (float *)block;
+    c.dpre = block + up(sizeof(float) * D * biggest, 64), c.scaled = c.dpre + up((long)wide * width * biggest, 64);
+    if (j->pre && !backward) huge(j->pre, (size_t)wide * rows * width);
+    if (backward) huge(j->dw_in, (size_t)wt * E * D * width), huge(j->dw_out, (size_t)wt * E * D * H);
+  }
+  double total[PHASES] = {0};
+#pragma omp parallel num_threads(threads) if (!failed)
+  if (!failed) {
+    int me = omp_get_thread_num(), all = omp_get_num_threads();
+    long piece = up((D + all - 1) / all, LANES), from = least(D, piece * me), to = least(D, from + piece);
+    if (!reserve(&c, backward, wide)) {
+#pragma omp atomic write
+      failed = 1;
+    }
+#pragma omp barrier
+    if (!failed) {
+    double times[PHASES + 1] = {0}, *clock = j->seconds ? times : NULL;
+    times[PHASES] = now();
+    for (long t = 0; t < T && j->sum; t++)
+      if (to > from) memset(j->sum + t * D + from, 0, sizeof(float) * (to - from));
+#pragma omp for schedule(static)
+    for (long i = 0; i < rows; i++) c.token[i] = j->token[j->order[i]];
+    TICK(COMBINE)
+    for (long e = 0; e < E;) {
+      long stop = e, first = c.starts[e];
+      while (stop < E && (stop == e || c.starts[stop + 1] - first <= wave_rows)) stop++;
+#pragma omp single
+      {
+        c.num = c.num_more = 0;
+        c.first = first;
+        for (long x = e; x < stop; x++) {
+          long n = j->counts[x], parts = (n + CHUNK - 1) / CHUNK;
+          for (long p = 0; p < parts; p++) tasks[c.num++] = (task){x, c.starts[x] + n * p / parts, n * (p + 1) / parts - n * p / parts, 0, 1};
+          long pieces = n > 2 * CHUNK ? least(4 * all, (n + CHUNK - 1) / CHUNK) : 1;
+          for (long p = 0; backward && p < 2 * pieces; p++) more[c.num_more++] = (task){x, c.starts[x], n, p, pieces};
+        }
+      }
+#pragma omp for schedule(dynamic, 1)
+      for (long i = 0; i < c.num; i++) run(&c, backward ? BACKWARD : FORWARD, tasks[i], clock);
+      TICK(WAIT)
+      if (j->sum) add_rows(&c, c.starts[stop], from, to, !backward);
+      TICK(COMBINE)
+#pragma omp for schedule(dynamic, 1)
+      for (long i = 0; i < c.num_more; i++) run(&c, WEIGHTS, more[i], clock);
+      TICK(WAIT)
+      e = stop;
+    }
+    if (j->sum && (const void *)j->sum != j->out && from < to)
+      for (long t = 0; t < T; t++) {
+        long d = from;
+        for (; d + LANES <= to; d += LANES) store_bf16((bf16 *)j->out + t * D + d, load(j->sum + t * D + d));
+        for (; d < to; d++) ((bf16 *)j->out)[t * D + d] = to_bf16_1(j->sum[t * D + d]);
+      }
+    TICK(COMBINE)
+    if (clock)
+#pragma omp critical
+      for (int p = 0; p < PHASES; p++) total[p] += times[p] / all;
+    }
+  }
+  for (int p = 0; j->seconds && p < PHASES; p++) j->seconds[p] = total[p];
+  free(c.starts), free(c.token), free(tasks), free(more);
+  return failed;
+}
+
+int moesaic_experts_forward(const job *j) { return go(j, 0); }
+int moesaic_experts_backward(const job *j) { return go(j, 1); }
+int moesaic_lanes(void) { return LANES; }
+int moesaic_has_dot(void) { return HAVE_DOT; }

@@ -1,0 +1,207 @@
+// What a few tokens need: products of one to a few rows with weights read once, straight from where they lie, at the speed of
+// memory; and grouping rows by expert.
+#include <omp.h>
+#include "job.h"
+
+#define FEW 8  // rows at most
+
+// Stable counting sort of rows by expert id in 0 .. experts, of which the last means nowhere.
+int moesaic_group(const int64_t *expert, int64_t rows, int64_t experts, int64_t *order, int64_t *inverse, int64_t *counts) {
+  int64_t *place = calloc(experts + 2, sizeof(int64_t));
+  if (!place) return 1;
+  for (int64_t n = 0; n < rows; n++) {
+    if (expert[n] < 0 || expert[n] > experts) { free(place); return 2; }
+    place[expert[n] + 1]++;
+  }
+  memcpy(counts, place + 1, experts * sizeof(int64_t));
+  for (int64_t e = 0; e < experts; e++) place[e + 1] += place[e];
+  for (int64_t n = 0; n < rows; n++) {
+    int64_t at = place[expert[n]]++;
+    order[at] = n, inverse[n] = at;
+  }
+  free(place);
+  return 0;
+}
+
+// ---- y (m, out) = x (m, in) w^T, w (out, in): dot products along rows of w --------------------------------------------------
+
+INLINE float total(vf v) {
+  float t = 0;
+  for (int l = 0; l < LANES; l++) t += v[l];
+  return t;
+}
+
+#define OUTS 4  // rows of w at once: enough streams for the prefetchers, each x loaded once for all
+INLINE void dots(int m, int xt, int wt, const char *x, long x_stride, const char *w, long in, int outs, float *y, long y_stride) {
+  vf acc[FEW][OUTS];
+#pragma GCC unroll 8
+  for (int r = 0; r < m; r++)
+#pragma GCC unroll 4
+    for (int o = 0; o < OUTS; o++) acc[r][o] = (vf){0};
+  long i = 0;
+#if HAVE_DOT
+  if (xt == BF16 && wt == BF16) {
+    for (; i + 32 <= in; i += 32) {
+#pragma GCC unroll 8
+      for (int r = 0; r < m; r++) {
+        __m512i xi = _mm512_loadu_si512(x + 2 * (r * x_stride + i));
+#pragma GCC unroll 4
+        for (int o = 0; o < OUTS; o++)
+          acc[r][o] = (vf)_mm512_dpbf16_ps((__m512)acc[r][o], (__m512bh)xi, (__m512bh)_mm512_loadu_si512(w + 2 * ((o < outs ? o : 0) * in + i)));
+      }
+    }
+  }
+#endif
+  for (; i + LANES <= in; i += LANES)
+#pragma GCC unroll 8
+    for (int r = 0; r < m; r++) {
+      vf xi = load_as(xt, x, r * x_stride + i);
+#pragma GCC unroll 4
+      for (int o = 0; o < OUTS; o++) acc[r][o] += xi * load_as(wt, w, (o < outs ? o : 0) * in + i);
+    }
+  for (int r = 0; r < m; r++)
+    for (int o = 0; o < outs; o++) {
+      float t = total(acc[r][o]);
+      for (long k = i; k < in; k++) t += load_as_1(xt, x, r * x_stride + k) * load_as_1(wt, w, o * in + k);
+      y[r * y_stride + o] = t;
+    }
+}
+
+#define DOTS(M) case M: for (long o = from; o < to; o += OUTS) dots(M, xt, wt, x, in, w + size_of(wt) * o * in, in, (int)least(OUTS, to - o), y + o, out); break;
+INLINE void some_dots(int m, int xt, int wt, const char *x, const char *w, long in, long out, long from, long to, float *y) {
+  switch (m) { DOTS(1) DOTS(2) DOTS(3) DOTS(4) DOTS(5) DOTS(6) DOTS(7) DOTS(8) }
+}
+
+// y is fp32 scratch (m, out) in fp32, else the scratch the result is rounded from.
+int moesaic_linear(const void *x, const void *w, const float *bias, void *y, float *sums, int64_t m, int64_t in, int64_t out, int64_t x_type, int64_t w_type, int64_t threads) {
+  if (m > FEW) return 2;
+  float *to_sums = x_type == F32 ? y : sums;
+#pragma omp parallel num_threads((int)threads) if (in * out > 32768)
+  {
+    int me = omp_get_thread_num(), all = omp_get_num_threads();
+    long piece = up((out + all - 1) / all, 16), from = least(out, me * piece), to = least(out, from + piece);
+    if (x_type == F32) some_dots((int)m, F32, F32, x, w, in, out, from, to, to_sums);
+    else if (w_type == F32) some_dots((int)m, BF16, F32, x, w, in, out, from, to, to_sums);
+    else some_dots((int)m, BF16, BF16, x, w, in, out, from, to, to_sums);
+    for (long r = 0; r < m; r++)
+      for (long o = from; o < to; o++) {
+        float v = to_sums[r * out + o] + (bias ? bias[o] : 0.0f);
+        if (x_type == F32) ((float *)y)[r * out + o] = v;
+        else ((bf16 *)y)[r * out + o] = to_bf16_1(v);
+      }
+  }
+  return 0;
+}
+
+// ---- y (m, n) += x (m, k) w, w (k, n): rows of w, each times a number -------------------------------------------------------
+
+#define DEEP 8  // rows of w at once, each a stream
+INLINE void streams(int m, int wt, const float *x, long x_stride, const char *w, long stride, long k, long from, long to, float *y, long y_stride) {
+  for (long i = 0; i < k; i += DEEP) {
+    int deep = (int)least(DEEP, k - i);
+    const char *wi = w + size_of(wt) * i * stride;
+    long n = from;
+    if (deep == DEEP)
+      for (; n + LANES <= to; n += LANES) {
+        vf acc[FEW];
+#pragma GCC unroll 8
+        for (int r = 0; r < m; r++) acc[r] = load(y + r * y_stride + n);
+#pragma GCC unroll 8
+        for (int d = 0; d < DEEP; d++) {
+          vf wd = load_as(wt, wi, d * stride + n);
+#pragma GCC unroll 8
+          for (int r = 0; r < m; r++) acc[r] += wd * x[r * x_stride + i + d];
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < m; r++) store(y + r * y_stride + n, acc[r]);
+      }
+    for (; n < to; n++)
+      for (int r = 0; r < m; r++)
+        for (int d = 0; d < deep; d++) y[r * y_stride + n] += x[r * x_stride + i + d] * load_as_1(wt, wi, d * stride + n);
+  }
+}
+#define STREAMS(M) case M: streams(M, wt, x, x_stride, w, stride, k, from, to, y, y_stride); break;
+INLINE void some_streams(int m, int wt, const float *x, long x_stride, const char *w, long stride, long k, long from, long to, float *y, long y_stride) {
+  switch (m) { STREAMS(1) STREAMS(2) STREAMS(3) STREAMS(4) STREAMS(5) STREAMS(6) STREAMS(7) STREAMS(8) }
+}
+static __attribute__((noinline)) void stream(int m, int wt, const float *x, long xs, const char *w, long s, long k, long from, long to, float *y, long ys) {
+  if (wt == F32) some_streams(m, F32, x, xs, w, s, k, from, to, y, ys);
+  else some_streams(m, BF16, x, xs, w, s, k, from, to, y, ys);
+}
+
+typedef struct { int64_t expert, first; int rows; } piece;  // up to FEW rows of one expert: grouped places
+
+static void activate_few(const job *j, const float *pre, float *hidden) {
+  long H = j->hidden, i = 0;
+  int act = (int)j->activation;
+  for (; i + LANES <= H; i += LANES) {
+    vf y = activate(act, load(pre + i));
+    if (j->gated) y *= load(pre + H + i);
+    store(hidden + i, y);
+  }
+  for (; i < H; i++) hidden[i] = activate(act, splat(pre[i]))[0] * (j->gated ? pre[H + i] : 1.0f);
+}
+
+// The experts' forward for few rows (see experts.c for many): only chosen experts are read, each of their weights once.
+int moesaic_experts_few(const job *j) {
+  long D = j->dim, H = j->hidden, W = H * (1 + j->gated), N = 0, pieces = 0, wide = size_of((int)j->w_type);
+  for (long e = 0; e < j->experts; e++) N += j->counts[e];
+  float *pre = scratch(SHARED, sizeof(float) * N * (2 * D + W + H) + sizeof(piece) * N);
+  if (!pre) return 1;
+  float *hidden = pre + N * W, *x = hidden + N * H, *y = x + N * D;
+  piece *list = (piece *)(y + N * D);
+  for (long e = 0, at = 0; e < j->experts; at += j->counts[e++])
+    for (long r = 0; r < j->counts[e]; r += FEW) list[pieces++] = (piece){e, at + r, (int)least(FEW, j->counts[e] - r)};
+  int threads = (int)(N * D * W < 65536 ? 1 : j->threads);
+  // Whole experts where there are enough of them, since long runs of memory are read fastest; else columns are shared out.
+  long parts = pieces >= 2 * threads ? 1 : (2 * threads + pieces - 1) / most(pieces, 1);
+#pragma omp parallel num_threads(threads)
+  {
+    int me = omp_get_thread_num(), all = omp_get_num_threads();
+#pragma omp for schedule(dynamic, 1)
+    for (long p = 0; p < pieces * parts; p++) {
+      piece q = list[p / parts];
+      long step = up((W + parts - 1) / parts, 4 * LANES), from = least(W, p % parts * step), to = least(W, from + step);
+      float *xq = x + q.first * D, *preq = pre + q.first * W;
+      for (int r = 0; r < q.rows; r++) {
+        const char *row = (const char *)j->x + size_of((int)j->x_type) * j->token[j->order[q.first + r]] * D;
+        // Parts of one piece write the same numbers here.
+        if (parts == 1 || p % parts == 0) { if (j->x_type == F32) memcpy(xq + r * D, row, sizeof(float) * D); else for (long d = 0; d < D; d++) xq[r * D + d] = from_bf16_1(((const bf16 *)row)[d]); }
+        memset(preq + r * W + from, 0, sizeof(float) * (to - from));
+      }
+      if (parts > 1) continue;
+      const char *w_in = (const char *)j->w_in + wide * q.expert * D * W, *w_out = (const char *)j->w_out + wide * q.expert * H * D;
+      stream(q.rows, (int)j->w_type, xq, D, w_in, W, D, from, to, preq, W);
+      for (int r = 0; r < q.rows; r++) activate_few(j, preq + r * W, hidden + (q.first + r) * H);
+      memset(y + q.first * D, 0, sizeof(float) * q.rows * D);
+      stream(q.rows, (int)j->w_type, hidden + q.first * H, H, w_out, D, H, 0, D, y + q.first * D, D);
+    }
+    if (parts > 1) {
+#pragma omp for schedule(dynamic, 1)
+      for (long p = 0; p < pieces * parts; p++) {
+        piece q = list[p / parts];
+        long step = up((W + parts - 1) / parts, 4 * LANES), from = least(W, p % parts * step), to = least(W, from + step);
+        stream(q.rows, (int)j->w_type, x + q.first * D, D, (const char *)j->w_in + wide * q.expert * D * W, W, D, from, to, pre + q.first * W, W);
+      }
+#pragma omp for schedule(dynamic, 1)
+      for (long n = 0; n < N; n++) activate_few(j, pre + n * W, hidden + n * H);
+#pragma omp for schedule(dynamic, 1)
+      for (long p = 0; p < pieces * parts; p++) {
+        piece q = list[p / parts];
+        long step = up((D + parts - 1) / parts, 4 * LANES), from = least(D, p % parts * step), to = least(D, from + step);
+        for (int r = 0; r < q.rows; r++) memset(y + (q.first + r) * D + from, 0, sizeof(float) * (to - from));
+        stream(q.rows, (int)j->w_type, hidden + q.first * H, H, (const char *)j->w_out + wide * q.expert * H * D, D, H, from, to, y + q.first * D, D);
+      }
+    }
+    long step = up((D + all - 1) / all, LANES), from = least(D, step * me), to = least(D, from + step);
+    for (long t = 0; t < j->tokens && from < to; t++) memset(j->sum + t * D + from, 0, sizeof(float) * (to - from));
+    for (long i = 0; i < N; i++) {
+      int64_t row = j->order[i];
+      for (long d = from; d < to; d++) j->sum[j->token[row] * D + d] += j->weight[row] * y[i * D + d];
+    }
+    if ((const void *)j->sum != j->out)
+      for (long t = 0; t < j->tokens; t++)
+        for (long d = from; d < to; d++) ((bf16 *)j->out)[t * D + d] = to_bf16_1(j->sum[t * D + d]);
+  }
+  return 0;
+}

@@ -1,0 +1,104 @@
+"""The fused experts on PyTorch alone: expert by expert through gather, product, activation, product, weighted sum.
+
+What ``ops/kernel/`` does in C, for machines without a compiler, for fp64 and fp16, for AMX, and as a second opinion in tests.
+
+Legend: as in ``ops/fused.py``; M rows of one expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from moesaic.ops.activations import apply_activation
+from moesaic.ops.grouped import rows_times, transposed_times
+from moesaic.ops.kernel.call import Rows, Shape
+from moesaic.ops.phases import phase
+
+
+def _groups(rows: Rows) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
+    """(expert, its grouped places, its natural rows, their tokens) of every expert that has rows."""
+    start = 0
+    for expert, count in enumerate(rows.counts_E.tolist()):
+        if count:
+            places = slice(start, start + count)
+            natural_M = rows.order_N[places]
+            yield expert, places, natural_M, rows.token_N[natural_M]
+            start += count
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _product(x_ND: Tensor, w_DH: Tensor) -> Tensor:
+    y_NH = x_ND.new_empty(x_ND.shape[0], w_DH.shape[1])
+    rows_times(x_ND, w_DH, y_NH)
+    return y_NH
+
+
+def forward(
+    x_TD: Tensor, w_in: Tensor, w_out: Tensor, weight_N: Tensor, rows: Rows, shape: Shape, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """As ``ops/kernel/call.py``."""
+    sum_TD = torch.zeros_like(x_TD, dtype=_wide(x_TD.dtype), memory_format=torch.contiguous_format)
+    pre_NW = x_TD.new_empty(rows.token_N.shape[0], w_in.shape[2]) if keep else None
+    for expert, places, natural_M, token_M in _groups(rows):
+        with phase("gather"):
+            x_MD = x_TD.index_select(0, token_M)
+        with phase("products"):
+            if pre_NW is None:
+                pre_MW = _product(x_MD, w_in[expert])
+            else:
+                pre_MW = pre_NW[places]
+                rows_times(x_MD, w_in[expert], pre_MW)
+        with phase("activation"):
+            hidden_MH = apply_activation(pre_MW, *shape)
+        with phase("products"):
+            y_MD = _product(hidden_MH, w_out[expert])
+        with phase("combine"):
+            sum_TD.index_add_(0, token_M, y_MD * weight_N[natural_M][:, None])
+    return sum_TD.to(x_TD.dtype), pre_NW
+
+
+def backward(
+    dy_TD: Tensor, x_TD: Tensor, w_in: Tensor, w_out: Tensor, weight_N: Tensor, rows: Rows, shape: Shape,
+    pre_NW: Tensor, needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """As ``ops/kernel/call.py``."""
+    sum_TD = torch.zeros_like(x_TD, dtype=_wide(x_TD.dtype)) if needs[0] else None
+    dw_in = torch.empty_like(w_in) if needs[1] else None
+    dw_out = torch.empty_like(w_out) if needs[2] else None
+    dweight_N = torch.zeros_like(weight_N)
+    for gradient in (dw_in, dw_out):
+        if gradient is not None:
+            for expert in (rows.counts_E == 0).nonzero().flatten().tolist():
+                gradient[expert].zero_()
+    for expert, places, natural_M, token_M in _groups(rows):
+        with phase("gather"):
+            dy_MD = dy_TD.index_select(0, token_M)
+        with phase("products"):
+            g_MH = _product(dy_MD, w_out[expert].T)  # gradient of the hidden row before its weight
+        with phase("activation"):
+            weight_M1 = weight_N[natural_M][:, None]
+            with torch.enable_grad():
+                pre_MW = pre_NW[places].detach().requires_grad_()
+                hidden_MH = apply_activation(pre_MW, *shape)
+            (dpre_MW,) = torch.autograd.grad(hidden_MH, pre_MW, (g_MH * weight_M1).to(g_MH.dtype))
+            hidden_MH = hidden_MH.detach()
+            dweight_N[natural_M] = (g_MH.to(weight_N.dtype) * hidden_MH).sum(dim=1)
+        if dw_out is not None:
+            with phase("products"):
+                transposed_times((hidden_MH * weight_M1).to(x_TD.dtype), dy_MD, dw_out[expert])
+        if dw_in is not None:
+            with phase("products"):
+                transposed_times(x_TD.index_select(0, token_M), dpre_MW, dw_in[expert])
+        if sum_TD is not None:
+            with phase("products"):
+                dx_MD = _product(dpre_MW, w_in[expert].T)
+            with phase("combine"):
+                sum_TD.index_add_(0, token_M, dx_MD.to(sum_TD.dtype))
+    dx_TD = None if sum_TD is None else sum_TD.to(x_TD.dtype)
+    return dx_TD, dw_in, dw_out, dweight_N if needs[3] else None
