@@ -1,11 +1,13 @@
-"""Forward FLOPs of feed-forward layers per token, counted from built layers (the meta device will do).
+"""Forward FLOPs per token, of feed-forward layers and of a whole model, counted from built layers (the meta device will do).
 
 Products only, a multiply-add counts 2: the router as it states them (``Router.cost``), the rows its experts compute, shared
-experts, the mixing of Soft MoE, and of Mixture-of-Depths blocks the share of tokens they take. Legend: T tokens, D model width.
+experts, the mixing of Soft MoE, attention (projections, scores, weighted values), the head, and of Mixture-of-Depths blocks the
+share of tokens they take. Legend: T tokens, S positions, D model width.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,20 +29,66 @@ def model_flops(
         num_tokens, num_sequences: T and B of a batch.
         per_token: rows per token that were measured in each sparse layer; None takes what the routers aim at.
     """
-    total, sparse = 0.0, 0
+    parts = _ffn_parts(config, num_tokens, num_sequences, per_token)
+    return sum(parts.values())
+
+
+def part_flops(
+    config: ModelConfig,
+    num_tokens: int,
+    num_sequences: int,
+    per_token: Sequence[float] | None = None,
+    *,
+    causal: bool = True,
+) -> dict[str, float]:
+    """FLOPs per token of a whole model's forward in training, by part: attention, router, experts, ..., head.
+
+    Args:
+        num_tokens, num_sequences, per_token: as for ``model_flops``.
+        causal: count the keys a query may see, on average; False counts every pair of positions, as a plain product over the
+            full square computes them.
+    """
+    parts = {"attention": 0.0, **_ffn_parts(config, num_tokens, num_sequences, per_token)}
+    heads, kv_heads, width = config.num_heads, config.kv_heads, config.heads_dim
+    projections = 2 * config.dim * width * (2 * heads + 2 * kv_heads)
+    for layer in range(config.num_layers):
+        share = _share(config, layer)
+        length = math.ceil(share * max(1, num_tokens // num_sequences))
+        keys = mean_keys(length, config.window(layer)) if causal else float(length)
+        parts["attention"] += share * (projections + 4 * heads * width * keys)
+    parts["head"] = 2.0 * config.dim * config.vocab_size
+    return parts
+
+
+def mean_keys(length: int, window: int | None = None) -> float:
+    """Keys a query may see, itself included: the mean over the ``length`` positions of a document."""
+    reach = length if window is None else min(window, length)
+    return (reach * (reach + 1) / 2 + (length - reach) * reach) / length
+
+
+def _ffn_parts(
+    config: ModelConfig, num_tokens: int, num_sequences: int, per_token: Sequence[float] | None
+) -> dict[str, float]:
+    total: dict[str, float] = {}
+    sparse = 0
     options = {} if config.moe is None else config.moe.router.options
     for layer in range(config.num_layers):
         with torch.device("meta"):
             ffn = build_ffn(config, layer)
         if isinstance(ffn, MoE):
             rows = None if per_token is None else per_token[sparse]
-            flops = layer_flops(ffn, num_tokens, num_sequences, options, rows)
+            parts = layer_parts(ffn, num_tokens, num_sequences, options, rows)
             sparse += 1
         else:
-            flops = 2.0 * _size(ffn)
-        deep = config.depth is not None and layer in config.depth_layers
-        total += flops * (config.depth.capacity if deep and config.depth is not None else 1.0)
+            parts = {"feed-forward": 2.0 * _size(ffn)}
+        for name, flops in parts.items():
+            total[name] = total.get(name, 0.0) + flops * _share(config, layer)
     return total
+
+
+def _share(config: ModelConfig, layer: int) -> float:
+    """Share of the tokens that a block takes in training."""
+    return config.depth.capacity if config.depth is not None and layer in config.depth_layers else 1.0
 
 
 def layer_flops(
@@ -53,6 +101,13 @@ def layer_flops(
         options: those the layer's router was built with.
         rows: rows per token (and sub-token) that experts compute; None takes what the router aims at.
     """
+    return sum(layer_parts(layer, num_tokens, num_sequences, options, rows).values())
+
+
+def layer_parts(
+    layer: MoE, num_tokens: int, num_sequences: int, options: Mapping[str, Any], rows: float | None = None
+) -> dict[str, float]:
+    """``layer_flops`` by part: router, experts, and where there are any, shared experts, head projections, mixing."""
     router = layer.router
     heads = getattr(layer, "heads", 1)
     stacked = layer.experts.stacked if isinstance(layer.experts, WithSpecialExperts) else layer.experts
@@ -60,15 +115,17 @@ def layer_flops(
     length = max(1, num_tokens // num_sequences)  # sequence by sequence: attention costs more in longer ones
     cost = type(router).cost(length * heads, stacked.dim, router.num_experts, router.k, **options)
     rows = router.rows_per_token if rows is None else rows
-    total = cost.flops / length + rows * heads * per_row
+    parts = {"router": cost.flops / length, "experts": rows * heads * per_row}
     if layer.shared is not None:
-        total += 2 * heads * _size(layer.shared)
+        parts["shared experts"] = 2.0 * heads * _size(layer.shared)
     if heads > 1:
-        total += 4 * layer.dim**2  # into sub-tokens and back
+        parts["head projections"] = 4.0 * layer.dim**2  # into sub-tokens and back
     slots = getattr(
         router, "slots", 0
     )  # of Soft MoE: each reads every token of its sequence, and every token each of them
-    return total + 4 * layer.dim * slots * router.num_experts
+    if slots:
+        parts["mixing"] = 4.0 * layer.dim * slots * router.num_experts
+    return parts
 
 
 def _size(module: nn.Module) -> int:
