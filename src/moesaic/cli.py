@@ -24,6 +24,7 @@ from moesaic.checkpoint.native import load_config
 from moesaic.commands.compare import compare
 from moesaic.commands.lint import lint
 from moesaic.commands.output import Json, Overrides, console_for, print_json, sayer
+from moesaic.commands.profile import profile
 from moesaic.commands.routers import routers
 from moesaic.config import from_dict, load_config_file, to_dict
 from moesaic.cost.count import count_parameters
@@ -391,6 +392,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "lint": lint,
     "report": report,
     "info": info,
+    "profile": profile,
     "doctor": doctor,
 }
 

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moesaic.config import apply_overrides, from_dict
+from moesaic.config import apply_overrides, from_dict, load_config_file, to_dict
 from moesaic.errors import ConfigError
 from moesaic.models import Decoder, ModelConfig, build_model
 from moesaic.train.config import TrainConfig
+from moesaic.train.recipes import RECIPES
 from moesaic.train.resume import load_run_config
 
 _WHOLE = (
@@ -83,3 +84,23 @@ def saved_run(out: Path, *, twin: bool) -> TrainConfig:
         refuse_taken(out, resume=True, twin=twin)
         raise ConfigError(f"There is no run in {out} to resume; leave out --resume to start one.")
     return load_run_config(saved)
+
+
+def named_settings(name: str) -> dict[str, Any]:
+    """The settings named: of a recipe, a config file laid over the default recipe, or a folder's ``config.json``."""
+    path = Path(name)
+    if name in RECIPES and not path.exists():
+        recipe: dict[str, Any] = to_dict(RECIPES[name]())
+        return recipe
+    if path.is_dir():
+        path = next(
+            (p for p in (path / "config.json", path / "sparse" / "config.json") if p.exists()), path / "config.json"
+        )
+    data = load_config_file(path)
+    if "format" in data and "model" in data:  # a model directory: no batches
+        return {"model": data["model"]}
+    if "model" not in data and "dim" in data:
+        return {"model": data}
+    if not isinstance(data.get("model", {}), dict):
+        raise ConfigError(f"{path} is not a config: its model is no table of settings.")
+    return merge(to_dict(RECIPES["small"]()), data)

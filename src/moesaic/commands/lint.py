@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from tyro.conf import Positional, arg
 
 from moesaic.commands.output import Json, Overrides, console_for, print_json, sayer
-from moesaic.config import apply_overrides, from_dict, load_config_file, to_dict
-from moesaic.errors import ConfigError
+from moesaic.config import apply_overrides, from_dict
 from moesaic.models.config import ModelConfig
-from moesaic.settings import merge
+from moesaic.settings import named_settings
 from moesaic.train.config import TrainConfig
 from moesaic.train.lint import lint_model, lint_run
-from moesaic.train.recipes import RECIPES
 
 
 def lint(
@@ -35,7 +32,7 @@ def lint(
       moesaic lint quickstart --set model.moe.k=1
       moesaic lint runs/books --json
     """
-    settings = apply_overrides(_settings(config), set_)
+    settings = apply_overrides(named_settings(config), set_)
     if "steps" in settings or "batch_size" in settings:
         found = lint_run(from_dict(TrainConfig, settings))
     else:
@@ -56,23 +53,3 @@ def lint(
             else f"{counts['error']} errors, {counts['warning']} warnings, {counts['note']} notes."
         )
     return 1 if counts["error"] or counts["warning"] else 0
-
-
-def _settings(name: str) -> dict[str, Any]:
-    """The settings named: of a recipe, a config file laid over the default recipe, or a folder's ``config.json``."""
-    path = Path(name)
-    if name in RECIPES and not path.exists():
-        recipe: dict[str, Any] = to_dict(RECIPES[name]())
-        return recipe
-    if path.is_dir():
-        path = next(
-            (p for p in (path / "config.json", path / "sparse" / "config.json") if p.exists()), path / "config.json"
-        )
-    data = load_config_file(path)
-    if "format" in data and "model" in data:  # a model directory: no batches
-        return {"model": data["model"]}
-    if "model" not in data and "dim" in data:
-        return {"model": data}
-    if not isinstance(data.get("model", {}), dict):
-        raise ConfigError(f"{path} is not a config: its model is no table of settings.")
-    return merge(to_dict(RECIPES["small"]()), data)
