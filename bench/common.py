@@ -106,13 +106,16 @@ class Clock:
 
 
 class Contender(Protocol):
-    """One of those who are compared. ``prepare`` is called before each ``run`` and is not timed."""
+    """One of those who are compared. Only ``run`` is timed; ``prepare`` comes before each, ``rest`` ends a turn."""
 
     def prepare(self) -> None:
         """Get ready: clear gradients, take the next input."""
 
     def run(self) -> object:
         """What is timed."""
+
+    def rest(self) -> None:
+        """Let go of what the last call left in memory."""
 
 
 Seconds = list[float | None]  # one per round, None where a slow contender sat out
@@ -154,6 +157,7 @@ def interleave(
             for _ in range(calls[name]):
                 contender.prepare()
                 total += clock.seconds(contender.run)
+            contender.rest()
             seconds[name].append(total / calls[name])
     return seconds
 
@@ -164,6 +168,7 @@ def _warm_up(contender: Contender, clock: Clock, calls: int) -> float:
     while len(spent) < calls and sum(spent) < 1.0:
         contender.prepare()
         spent.append(clock.seconds(contender.run))
+    contender.rest()
     return statistics.median(spent[len(spent) // 2 :])
 
 

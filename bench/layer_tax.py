@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +31,6 @@ from agreement import check, reference
 from common import (
     DTYPES,
     Clock,
-    Contender,
     Seconds,
     Shape,
     about,
@@ -51,11 +51,12 @@ from loads import LOADS, draw_choice, draw_input, skew
 from peers import (
     HF_BACKENDS,
     Peer,
+    Turns,
     Weights,
+    asked_hf,
     cuda_peers,
     dense_peers,
     draw_weights,
-    hf_available,
     hf_batched_bytes,
     hf_peers,
     moesaic_peer,
@@ -93,10 +94,7 @@ def main() -> None:
     if args.quick:
         args.shapes, args.tokens, args.rounds = [Shape(64, 32, 16, 4), Shape(32, 16, 8, 2)], [48, 1], 2
     device = prepare_device(args)
-    if "none" in args.hf or not hf_available():
-        if "none" not in args.hf:
-            print("transformers is not installed: no comparison with Hugging Face")
-        args.hf = []
+    args.hf = asked_hf(args.hf)
     rows: list[dict[str, Any]] = []
     total = len(args.shapes) * len(args.dtypes) * len(args.tokens) * len(args.loads) * len(args.modes)
     with progress(total, "cell") as (say, advance):
@@ -111,31 +109,6 @@ def main() -> None:
     print(tax_report.summary(rows), flush=True)
     settings = {"rounds": args.rounds, "warm": args.warm, "quick": args.quick}
     finish({"rows": rows, "targets": tax_report.targets(rows), **settings, **about(device)}, args.out)
-
-
-class Turns(Contender):
-    """A contender that goes through its layers and inputs, one pair per call; forward alone where ``grad_TD`` is None."""
-
-    def __init__(self, peers: Sequence[Peer], inputs: Sequence[Tensor], grad_TD: Tensor | None) -> None:
-        self.peers, self.grad_TD, self.call = peers, grad_TD, 0
-        self.inputs = [x_TD.detach().requires_grad_(grad_TD is not None) for x_TD in inputs]
-        for peer in peers:
-            peer.module.train(grad_TD is not None)
-
-    def prepare(self) -> None:
-        """The next layer and input, without gradients."""
-        self.peer = self.peers[self.call % len(self.peers)]
-        self.x_TD = self.inputs[self.call % len(self.inputs)]
-        self.call += 1
-        if self.grad_TD is not None:
-            self.peer.clear()
-            self.x_TD.grad = None
-
-    def run(self) -> None:
-        """Forward, and backward where there is a gradient."""
-        y_TD = self.peer.forward(self.x_TD)
-        if self.grad_TD is not None:
-            torch.autograd.backward(y_TD, self.grad_TD)
 
 
 class Bench:
@@ -184,8 +157,7 @@ class Bench:
         backward = "fw+bw" in self.args.modes
         names, left_out = self._who(tokens, backward)
         errors = self._agree(names, inputs[0], grad_TD if backward else None, copies, say)
-        with torch.no_grad():
-            plan = self.layers[tax_report.ours(self.args.backends[0])][0].module(inputs[0])[1]
+        loads = self._loads(inputs)
         rows = []
         for mode in self.args.modes:
             grad = grad_TD if mode == "fw+bw" else None
@@ -201,14 +173,10 @@ class Bench:
                     say=say,
                 )
             row = self._row(seconds, tokens, load, mode)
-            row |= {"skew": skew(plan.counts_E), "layers": copies, "inputs": len(inputs)}
-            row |= {"errors": errors, "left_out": left_out}
+            row |= {**loads, "layers": copies, "inputs": len(inputs), "errors": errors, "left_out": left_out}
             if grad is not None and tokens > DECODE and self.device.type != "cuda":
                 row["split"] = self._split(inputs[0], grad)
             rows.append(row)
-        for peers in self.layers.values():
-            for peer in peers:
-                peer.clear()
         return rows
 
     def _who(self, tokens: int, backward: bool) -> tuple[list[str], dict[str, str]]:
@@ -219,6 +187,14 @@ class Bench:
             names.remove("hf batched_mm")
             left_out["hf batched_mm"] = f"copies of the rows' weights would take {needed:.0f} GiB"
         return names, left_out
+
+    @torch.no_grad()
+    def _loads(self, inputs: Sequence[Tensor]) -> dict[str, float]:
+        """Means over the inputs: rows of the busiest expert over the mean, and experts with any row."""
+        layer = self.layers[tax_report.ours(self.args.backends[0])][0].module
+        counts = [layer(x_TD)[1].counts_E for x_TD in inputs]
+        skews, used = [skew(counts_E) for counts_E in counts], [int((counts_E > 0).sum()) for counts_E in counts]
+        return {"skew": statistics.fmean(skews), "experts_used": statistics.fmean(used)}
 
     def _agree(
         self, names: Sequence[str], x_TD: Tensor, grad_TD: Tensor | None, copies: int, say: Any
@@ -270,7 +246,7 @@ class Bench:
             whole.prepare()
             with listen() as seconds:
                 total = self.clock.seconds(whole.run)
-            peer.clear()
+            whole.rest()
             leaf.grad = None
             parts = {"router": self.clock.seconds(route), **seconds}
             rounds.append({"total": total, **parts, "rest": total - sum(parts.values())})

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from common import Shape
+from common import Contender, Shape
 from loads import draw_router
 from torch import Tensor, nn
 
@@ -54,6 +54,37 @@ class Peer:
             parameter.grad = None
 
 
+class Turns(Contender):
+    """A contender that goes through its layers and inputs, one pair per call; forward alone where ``grad_TD`` is None."""
+
+    def __init__(self, peers: Sequence[Peer], inputs: Sequence[Tensor], grad_TD: Tensor | None) -> None:
+        self.peers, self.grad_TD, self.call = peers, grad_TD, 0
+        self.peer = peers[0]
+        self.inputs = [x_TD.detach().requires_grad_(grad_TD is not None) for x_TD in inputs]
+        self.x_TD = self.inputs[0]
+        for peer in peers:
+            peer.module.train(grad_TD is not None)
+
+    def prepare(self) -> None:
+        """The next layer and input, without gradients."""
+        self.peer = self.peers[self.call % len(self.peers)]
+        self.x_TD = self.inputs[self.call % len(self.inputs)]
+        self.call += 1
+        self.rest()
+
+    def run(self) -> None:
+        """Forward, and backward where there is a gradient."""
+        y_TD = self.peer.forward(self.x_TD)
+        if self.grad_TD is not None:
+            torch.autograd.backward(y_TD, self.grad_TD)
+
+    def rest(self) -> None:
+        """Drop all gradients."""
+        if self.grad_TD is not None:
+            self.peer.clear()
+            self.x_TD.grad = None
+
+
 def draw_weights(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Weights:
     """Random weights of variance 1 / fan-in."""
     generator = torch.Generator().manual_seed(seed)
@@ -88,9 +119,14 @@ def moesaic_peer(shape: Shape, weights: Weights, backend: str = "auto") -> Peer:
     return Peer(layer, lambda x_TD: layer(x_TD)[0], gradients)
 
 
-def hf_available() -> bool:
-    """Whether transformers is installed."""
-    return importlib.util.find_spec("transformers") is not None
+def asked_hf(backends: Sequence[str]) -> list[str]:
+    """The back ends asked for on the command line; none for "none", nor, with a word about it, without transformers."""
+    if "none" in backends:
+        return []
+    if importlib.util.find_spec("transformers") is None:
+        print("transformers is not installed, so Hugging Face's layers are left out (pip install -e '.[hf]').")
+        return []
+    return list(backends)
 
 
 def hf_peers(shape: Shape, weights: Weights, backends: Sequence[str] = HF_BACKENDS) -> dict[str, Peer]:

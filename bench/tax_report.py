@@ -64,7 +64,7 @@ def _times(row: Row, name: str | None) -> str:
 
 
 def _notes(row: Row) -> list[str]:
-    notes = [f"       {name} left out: {why}" for name, why in row["left_out"].items()]
+    notes = [f"       load: {_load(row)}", *(f"       {name} left out: {why}" for name, why in row["left_out"].items())]
     rounds = max(s["rounds"] for s in row["seconds"].values())
     slow = {name: s["rounds"] for name, s in row["seconds"].items() if s["rounds"] < rounds}
     notes += [f"       {name} is slow: {count} of {rounds} rounds" for name, count in slow.items()]
@@ -74,6 +74,12 @@ def _notes(row: Row) -> list[str]:
         missing = [name for name in PARTS if name not in split]
         notes.append("       " + "  ".join(parts) + (f"  (not reported: {', '.join(missing)})" if missing else ""))
     return notes
+
+
+def _load(row: Row) -> str:
+    E, k = (int(number) for number in row["shape"].split(",")[2:])
+    used = f"{row['experts_used']:.0f} of {E} experts used, {row['experts_used'] / k:.1f} times the weights of the twin"
+    return f"busiest expert {row['skew']:.1f} times the mean; {used}"
 
 
 def _parts(split: dict[str, float]) -> list[str]:
