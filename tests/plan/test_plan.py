@@ -34,6 +34,23 @@ def test_top_k_rows_in_natural_order() -> None:
     assert int(plan.dropped) == 0
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_a_full_plan_is_the_plan(tokens: int) -> None:
+    """A promise that no slot is empty changes nothing but the work, also where padding or rules empty some."""
+    expert_TK, weight_TK = torch.randint(4, (tokens, 2)), torch.rand(tokens, 2, dtype=torch.float64)
+    for valid_T in (None, torch.rand(tokens) < 0.5):
+        for allowed_TE in (None, torch.rand(tokens, 4) < 0.5):
+            plans = [
+                from_topk(expert_TK, weight_TK, 4, valid_T=valid_T, allowed_TE=allowed_TE, full=full)
+                for full in (False, True)
+            ]
+            for name in ("token_N", "expert_N", "choice_N", "weight_N"):
+                assert torch.equal(getattr(plans[0], name), getattr(plans[1], name))
+            assert plans[0].token_N.tolist() == [t for t in range(tokens) for _ in range(2)]
+            assert plans[0].token_N.dtype == torch.int64
+            assert torch.equal(plans[1].weight_N == 0, ~plans[1].kept_N)
+
+
 def test_loose_rows() -> None:
     token_N, expert_N = torch.tensor([2, 0, 2, 1]), torch.tensor([1, 1, 0, 2])
     plan = from_rows(

@@ -94,6 +94,16 @@ def test_weights_and_gradient_are_those_of_the_definition(score: str, normalize:
         assert got.abs().min() > 1e-8
 
 
+@pytest.mark.parametrize(("score", "z"), [("sigmoid", -200.0), ("softmax", 0.0)])
+def test_scores_that_vanish_give_weights_of_zero_and_no_nan(score: str, z: float) -> None:
+    """Sigmoid underflows to 0 for every expert; a softmax does only for experts that were not chosen (live replay)."""
+    router = identity_router("topk", 4, 2, score=score)
+    plan = router(torch.tensor([[z, z, -300.0, -300.0]]))
+    weight_TK = router.weigh(plan.gate, torch.tensor([[2, 3]]))
+    assert weight_TK.tolist() == [[0.0, 0.0]]
+    assert plan.weight_N.tolist() == ([0.0, 0.0] if score == "sigmoid" else [0.5, 0.5])
+
+
 def test_one_renormalised_expert_is_refused_because_it_gets_no_gradient() -> None:
     for normalize in ("chosen", "softmax_chosen"):
         with pytest.raises(ConfigError, match="no gradient"):

@@ -247,6 +247,7 @@ def from_topk(
     gate: Gate | None = None,
     input_weight_TK: Tensor | None = None,
     allowed_TE: Tensor | None = None,
+    full: bool = False,
 ) -> RoutingPlan:
     """A plan in which every token owns K rows.
 
@@ -256,6 +257,7 @@ def from_topk(
         valid_T: bool, False on padding tokens: their rows go nowhere.
         input_weight_TK: optional weights on the expert's input.
         allowed_TE: bool, experts that rules permit; a slot on any other is left empty.
+        full: the caller promises that no slot is empty; nothing is then looked at where padding and rules empty none either.
     """
     num_tokens, k = expert_TK.shape
     if valid_T is not None:
@@ -264,8 +266,13 @@ def from_topk(
         allowed_TK = allowed_TE.gather(1, expert_TK.clamp(max=num_experts - 1))
         expert_TK = torch.where(allowed_TK, expert_TK, num_experts)
     expert_N = expert_TK.reshape(-1)
-    weight_N = torch.where(expert_N < num_experts, at_least_fp32(weight_TK.reshape(-1)), 0.0)
-    token_N = torch.arange(num_tokens, device=expert_TK.device).repeat_interleave(k)
+    weight_N = at_least_fp32(weight_TK.reshape(-1))
+    if not full or valid_T is not None or allowed_TE is not None:
+        weight_N = torch.where(expert_N < num_experts, weight_N, 0.0)
+    if num_tokens == 1:  # a decoded token, where every operation counts
+        token_N = torch.zeros_like(expert_N)
+    else:
+        token_N = torch.arange(num_tokens, device=expert_TK.device).repeat_interleave(k)
     scale_N = None if input_weight_TK is None else at_least_fp32(input_weight_TK.reshape(-1))
     return RoutingPlan(
         token_N, expert_N, weight_N, expert_N, num_tokens, num_experts, k, scale_N, valid_T, gate, allowed_TE

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -127,10 +128,15 @@ class Router(KeepsFp32, ABC):
     def forward(self, x_TD: Tensor, ctx: TokenContext = NO_CONTEXT) -> RoutingPlan | SoftPlan:
         """Decide. ``x_TD`` is the normalised input of the layer, any float dtype."""
 
-    def plan(self, expert_TK: Tensor, weight_TK: Tensor, ctx: TokenContext, gate: Gate | None = None) -> RoutingPlan:
-        """The plan of these choices: padding and rules of the context applied. The usual last line of ``forward``."""
+    def plan(
+        self, expert_TK: Tensor, weight_TK: Tensor, ctx: TokenContext, gate: Gate | None = None, *, full: bool = False
+    ) -> RoutingPlan:
+        """The plan of these choices: padding and rules of the context applied. The usual last line of ``forward``.
+
+        ``full`` promises that the router left no slot empty (no E in ``expert_TK``), which saves looking for one.
+        """
         return from_topk(
-            expert_TK, weight_TK, self.num_experts, valid_T=ctx.valid_T, gate=gate, allowed_TE=ctx.allowed_TE
+            expert_TK, weight_TK, self.num_experts, valid_T=ctx.valid_T, gate=gate, allowed_TE=ctx.allowed_TE, full=full
         )
 
     @classmethod
@@ -198,8 +204,15 @@ class LinearGate(KeepsFp32):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """fp32 logits (T, E)."""
-        with torch.autocast(x_TD.device.type, enabled=False):  # autocast would round logits to bf16 ties
+        with no_autocast(x_TD.device.type):  # autocast would round logits to bf16 ties
             return F.linear(x_TD.to(self.weight.dtype), self.weight, self.bias)
+
+
+def no_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Autocast off inside; costs nothing where it is off already (entering it takes as long as a product of one token)."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def router_dtype() -> torch.dtype:
@@ -209,12 +222,12 @@ def router_dtype() -> torch.dtype:
 
 def score(logits_TE: Tensor, how: Score) -> Tensor:
     """fp32 scores (T, E): softmax over experts, or independent sigmoid, or sqrt(softplus) (Megatron-LM)."""
-    one_of("score", how, get_args(Score))
     logits_TE = at_least_fp32(logits_TE)
     if how == "softmax":
         return logits_TE.softmax(dim=-1)
     if how == "sigmoid":
         return logits_TE.sigmoid()
+    one_of("score", how, get_args(Score))
     # softplus underflows to 0 below about -104, where the root's gradient would be 0 * inf = NaN.
     return F.softplus(logits_TE).clamp(min=1e-30).sqrt()
 

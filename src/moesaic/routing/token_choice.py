@@ -5,7 +5,7 @@
 | A  ``normalize="none"`` | ``p[idx]`` | Switch, OLMoE, Qwen2-MoE, DeepSeek-V2 (times ``scale``) |
 | B  ``normalize="chosen"`` | ``p[idx] / sum p[idx]`` | Mixtral in Hugging Face, Qwen3-MoE |
 | B' ``normalize="softmax_chosen"`` | ``softmax(z[idx])`` | Shazeer 2017, gpt-oss (``gate_bias``), Megatron-LM |
-| C  ``score="sigmoid", balance_bias=True`` | ``scale * s[idx] / (sum s[idx] + 1e-20)``, chosen by s + b | DeepSeek-V3 |
+| C  ``score="sigmoid", balance_bias=True`` | ``scale * s[idx] / max(sum s[idx], 1e-20)``, chosen by s + b | DeepSeek-V3 |
 
 B equals B' in real arithmetic. In A every logit gets task gradient through the softmax; in the others only the chosen do.
 
@@ -155,16 +155,18 @@ class TopK(Router):
         if self.groups_kept < self.groups:
             choice_TE = mask_groups(choice_TE, self.groups, self.groups_kept, self.group_score)
         expert_TK = choose(choice_TE, self.k, ctx.allowed_TE)
-        return self.plan(expert_TK, self.weigh(gate, expert_TK), ctx, gate)
+        return self.plan(expert_TK, self.weigh(gate, expert_TK), ctx, gate, full=True)
 
     def weigh(self, gate: Gate, expert_TK: Tensor) -> Tensor:
         """fp32 (T, K) weights of any choice of experts, from the unbiased scores."""
         if self.normalize == "softmax_chosen":
-            return gate.logits_TE.gather(1, expert_TK).softmax(dim=-1) * self.scale
-        weight_TK = gate.probs_TE.gather(1, expert_TK)
+            weight_TK = gate.logits_TE.gather(1, expert_TK).softmax(dim=-1)
+        else:
+            weight_TK = gate.probs_TE.gather(1, expert_TK)
         if self.normalize == "chosen":
-            weight_TK = weight_TK / (weight_TK.sum(dim=-1, keepdim=True) + 1e-20)
-        return weight_TK * self.scale
+            # The floor only keeps 0 / 0 away. Models add 1e-20 instead: the same fp32 number above 1e-12, and slower.
+            weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+        return weight_TK if self.scale == 1 else weight_TK * self.scale
 
     @classmethod
     def cost(cls, T: int, D: int, E: int, k: int, **options: Any) -> Cost:
@@ -227,7 +229,7 @@ class Switch(Router):
         logits_TE = ruled(self.gate(x_TD), ctx)
         gate = Gate(logits_TE, score(logits_TE, "softmax"))
         expert_TK = choose(gate.probs_TE, 1, ctx.allowed_TE)
-        return self.plan(expert_TK, self.weigh(gate, expert_TK), ctx, gate)
+        return self.plan(expert_TK, self.weigh(gate, expert_TK), ctx, gate, full=True)
 
     def weigh(self, gate: Gate, expert_TK: Tensor) -> Tensor:
         """The chosen probability, not renormalised."""
