@@ -42,7 +42,14 @@ class Fake(nn.Module):
         self.caches.append(FakeCache(max_len))
         return self.caches[-1]
 
-    def forward(self, ids_BS: Tensor, *, valid_BS: Tensor | None = None, cache: FakeCache | None = None) -> FakeOutput:
+    def forward(
+        self,
+        ids_BS: Tensor,
+        *,
+        valid_BS: Tensor | None = None,
+        cache: FakeCache | None = None,
+        last_only: bool = False,
+    ) -> FakeOutput:
         assert not self.training
         valid_BS = torch.ones_like(ids_BS, dtype=torch.bool) if valid_BS is None else valid_BS
         held = cache if cache is not None else FakeCache(ids_BS.shape[1])
@@ -51,7 +58,8 @@ class Fake(nn.Module):
         held.fed.append((ids_BS.clone(), valid_BS.clone()))
         if held.count_B is None:
             held.count_B = torch.zeros(len(ids_BS), dtype=torch.int64)
-        return FakeOutput(self.read(ids_BS, valid_BS, held), cache)
+        logits_BSV = self.read(ids_BS, valid_BS, held)
+        return FakeOutput(logits_BSV[:, -1:] if last_only else logits_BSV, cache)
 
     def read(self, ids_BS: Tensor, valid_BS: Tensor, held: FakeCache) -> Tensor:
         raise NotImplementedError

@@ -154,6 +154,14 @@ def test_non_finite_logits_name_the_row(bad: float):
         sample(torch.full((1, 4), -INF), None, SamplingConfig(), generators(0))
 
 
+def test_greedy_is_what_every_filter_leaves_first():
+    """Temperature 0 takes the largest logit without filtering; filters never remove it."""
+    logits_BV = torch.randn(20, 50, generator=torch.Generator().manual_seed(0)).round(decimals=1)  # with ties
+    greedy = sample(logits_BV, None, SamplingConfig(temperature=0, top_k=5, top_p=0.3, min_p=0.5), [])
+    filtered_BV = process(logits_BV, None, SamplingConfig(temperature=0, top_k=5, top_p=0.3, min_p=0.5))
+    assert greedy.tolist() == filtered_BV.argmax(-1).tolist() == logits_BV.argmax(-1).tolist()
+
+
 def test_missing_history_or_generators_are_sentences():
     with pytest.raises(ConfigError, match="pass history"):
         sample(row(0, 1, 2, 3), None, SamplingConfig(repetition_penalty=1.2), generators(0))

@@ -85,6 +85,22 @@ def test_a_finished_row_is_fed_padding_marked_invalid():
     ]
 
 
+def test_nothing_is_masked_without_padding_and_only_the_last_logits_are_asked_for():
+    asked: list[tuple[bool, bool]] = []
+
+    class Watching(Script):
+        def forward(self, ids_BS, *, valid_BS=None, cache=None, last_only=False):  # type: ignore[no-untyped-def]
+            asked.append((valid_BS is not None, last_only))
+            return super().forward(ids_BS, valid_BS=valid_BS, cache=cache, last_only=last_only)
+
+    generate_ids(Watching([[10]]), [[5, 6, 7]], max_new_tokens=3)
+    assert asked == [(False, True)] * 3
+    asked.clear()
+    # A left-padded prompt is masked, the columns after it are not, until a row ends.
+    generate_ids(Watching([[10, 11, 0], [20]]), [[5, 6, 7], [8]], max_new_tokens=4, sampling=GREEDY, eos_ids=[0])
+    assert [masked for masked, _ in asked] == [True, False, False, True]
+
+
 def test_callbacks_see_every_token_and_may_end_a_row():
     model = Script([[10, 11, 12, 13], [20, 0]])
     tokens: list[tuple[int, int]] = []

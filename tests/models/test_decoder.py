@@ -222,6 +222,36 @@ def test_pieces_through_a_cache_equal_one_forward(name: str, chunks: tuple[int, 
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+def test_the_last_logits_alone_are_those_of_all(name: str) -> None:
+    model, ids = lively(CONFIGS[name]), some_ids(2, 9)
+    full = run(model, ids)
+    with torch.no_grad():
+        last = model(ids, last_only=True)
+        cache = model.new_cache(2, 9)
+        parts = [model(ids[:, begin:end], cache=cache, last_only=True).logits for begin, end in ((0, 6), (6, 9))]
+    assert last.logits.shape == (2, 1, VOCAB)
+    torch.testing.assert_close(last.logits, full.logits[:, -1:], **CLOSE)
+    torch.testing.assert_close(torch.cat(parts, dim=1), full.logits[:, [5, 8]], **CLOSE)
+    for layer, plan in full.plans.items():  # every position was routed all the same
+        same_routing(plan, last.plans[layer], *[torch.ones(2, 9, dtype=torch.bool)] * 2)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_mask_that_masks_nothing_changes_nothing(name: str) -> None:
+    model, ids = lively(CONFIGS[name]), some_ids(2, 9)
+    valid = torch.ones(2, 9, dtype=torch.bool)
+    plain, masked = run(model, ids), run(model, ids, valid_BS=valid)
+    torch.testing.assert_close(masked.logits, plain.logits, **CLOSE)
+    for masks in ((True, False), (False, True)):  # masked then not, and the other way round
+        cache = model.new_cache(2, 9)
+        parts = [
+            run(model, ids[:, places], valid_BS=valid[:, places] if mask else None, cache=cache).logits
+            for mask, places in zip(masks, (slice(0, 5), slice(5, 9)), strict=True)
+        ]
+        torch.testing.assert_close(torch.cat(parts, dim=1), plain.logits, **CLOSE)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_left_padded_prompts_through_a_cache_equal_each_alone(name: str) -> None:
     model = lively(CONFIGS[name])
     texts = [some_ids(1, n, seed=n)[0] for n in (6, 2, 9)]

@@ -50,7 +50,9 @@ class CausalModel(Protocol):
     def new_cache(self, batch: int, max_len: int) -> Any: ...
     def modules(self) -> Iterator[nn.Module]: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
-    def __call__(self, ids_BS: Tensor, *, valid_BS: Tensor | None, cache: Any, **side_inputs: Any) -> Any: ...
+    def __call__(
+        self, ids_BS: Tensor, *, valid_BS: Tensor | None, cache: Any, last_only: bool, **side_inputs: Any
+    ) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -185,18 +187,23 @@ def _run_batch(
     banned = torch.tensor(list(banned_ids), dtype=torch.int64, device=sampler)
 
     start = time.perf_counter()
+    ragged = min(len(prompt) for prompt in prompts) < width
     cache = model.new_cache(len(rows), width + steps - 1)  # the last token is never fed
     live = [True] * len(rows)
     begin, end = 0, width
     while True:
-        fed_BS, fed_valid_BS = ids_BS[:, begin:end].to(device), valid_BS[:, begin:end].to(device)
+        # What has no padding is not masked: neither attention nor routing then looks for it.
+        padded = not all(live) or (begin == 0 and ragged)
+        fed_BS, fed_valid_BS = ids_BS[:, begin:end].to(device), valid_BS[:, begin:end].to(device) if padded else None
         inputs = {name: fact for facts in side for name, fact in facts.inputs(rows, end - begin, device).items()}
-        output = model(fed_BS, valid_BS=fed_valid_BS, cache=cache, **inputs)
+        output = model(fed_BS, valid_BS=fed_valid_BS, cache=cache, last_only=True, **inputs)
         cache = output.cache
         logits_BV = output.logits[:, -1].to(sampler, torch.float32, copy=True)
-        logits_BV[:, banned] = -torch.inf
-        # A finished row computes on padding alone, and nobody reads it: it must not count as NaN.
-        logits_BV[[b for b, alive in enumerate(live) if not alive]] = 0.0
+        if banned_ids:
+            logits_BV[:, banned] = -torch.inf
+        if not all(live):
+            # A finished row computes on padding alone, and nobody reads it: it must not count as NaN.
+            logits_BV[[b for b, alive in enumerate(live) if not alive]] = 0.0
         history = History(ids_BS[:, :end], valid_BS[:, :end], width)
         token_B = sample(logits_BV, history, sampling, generators, rows).tolist()
         if begin == 0:

@@ -6,7 +6,6 @@ Legend: B batch, S positions, L keys held, D model width, V vocabulary, T = B * 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,6 +42,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self._windows = {config.window(layer) for layer in range(config.num_layers)}
         self.embedding = embedding
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
@@ -64,6 +64,7 @@ class Decoder(nn.Module):
         metadata: Mapping[str, Tensor] | None = None,
         cache: KVCache | None = None,
         generator: torch.Generator | None = None,
+        last_only: bool = False,
     ) -> Output:
         """Next-token logits for every position.
 
@@ -77,6 +78,8 @@ class Decoder(nn.Module):
             metadata: further int64 (B, S) facts by name, for rules.
             cache: keys and values of earlier positions; this forward appends to it.
             generator: random numbers for noisy routers in training.
+            last_only: logits of the last position alone, (B, 1, V): all that generation reads of a prompt. With a large
+                vocabulary the logits of a long one take more memory than the model's layers.
 
         Raises ``MoesaicError`` if the input is longer than ``config.max_seq_len`` or ids are outside the vocabulary.
         """
@@ -108,11 +111,13 @@ class Decoder(nn.Module):
         previous: Gate | None = None
         for layer, block in enumerate(self.blocks):
             state = None if cache is None else cache.router_states.setdefault(layer, {})
-            x_BSD, plan, taken = block(x_BSD, attention, replace(tokens, previous=previous, state=state))
+            x_BSD, plan, taken = block(x_BSD, attention, tokens.in_layer(previous, state))
             if plan is not None:
                 plans[layer], previous = plan, plan.gate
             if taken is not None:
                 depth[layer] = taken
+        if last_only:
+            x_BSD = x_BSD[:, -1:]
         return Output(self.head(self.norm(x_BSD)), plans, cache, depth)
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
@@ -150,7 +155,7 @@ class Decoder(nn.Module):
             window: attention_mask(
                 position_BS, key_position_BL, key_valid_BL, query_document_BS=document_BS, window=window
             )
-            for window in {self.config.window(layer) for layer in range(self.config.num_layers)}
+            for window in self._windows
         }
         return AttentionContext(cos, sin, masks, cache, place)
 
@@ -162,7 +167,7 @@ class Decoder(nn.Module):
             )
         # A GPU checks by itself, and asking it here would make every step wait.
         if ids_BS.device.type == "cpu" and ids_BS.numel() and not torch.compiler.is_compiling():
-            least, most = int(ids_BS.min()), int(ids_BS.max())
+            least, most = map(int, ids_BS.aminmax())
             if least < 0 or most >= self.config.vocab_size:
                 raise MoesaicError(
                     f"Token {least if least < 0 else most} is outside this model's vocabulary of {self.config.vocab_size}; "
@@ -179,8 +184,10 @@ def _runs(document_BS: Tensor) -> Tensor:
 
 def _positions(ids_BS: Tensor, valid_BS: Tensor | None, document_BS: Tensor | None, cache: KVCache | None) -> Tensor:
     """int64 (B, S): index of each token among the real tokens of its document, so that padding changes nothing."""
-    counted_BS = torch.ones_like(ids_BS) if valid_BS is None else valid_BS.long()
-    before_BS = counted_BS.cumsum(dim=1) - counted_BS
+    if valid_BS is None:
+        before_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device).expand(ids_BS.shape)
+    else:
+        before_BS = valid_BS.long().cumsum(dim=1) - valid_BS.long()
     if document_BS is not None:
         starts_BS = document_BS.diff(dim=1, prepend=document_BS[:, :1] - 1) != 0
         before_BS = before_BS - torch.where(starts_BS, before_BS, 0).cummax(dim=1).values

@@ -75,15 +75,18 @@ class Attention(nn.Module):
     def forward(self, x_BSD: Tensor, ctx: AttentionContext) -> Tensor:
         """(B, S, D) to (B, S, D)."""
         B, S, _ = x_BSD.shape
-        q_BHSR = self.wq(x_BSD).view(B, S, self.num_heads, self.head_dim).transpose(1, 2)
-        k_BGSR = self.wk(x_BSD).view(B, S, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        q_BSHR = self.wq(x_BSD).view(B, S, self.num_heads, self.head_dim)
+        k_BSGR = self.wk(x_BSD).view(B, S, self.num_kv_heads, self.head_dim)
         v_BGSR = self.wv(x_BSD).view(B, S, self.num_kv_heads, self.head_dim).transpose(1, 2)
         if self.q_norm is not None and self.k_norm is not None:
-            q_BHSR, k_BGSR = self.q_norm(q_BHSR), self.k_norm(k_BGSR)
-        q_BHSR, k_BGSR = rotate(q_BHSR, ctx.cos, ctx.sin), rotate(k_BGSR, ctx.cos, ctx.sin)
+            q_BSHR, k_BSGR = self.q_norm(q_BSHR), self.k_norm(k_BSGR)
+        # Queries and keys turn together: a decoded token pays by the operation, not by the number.
+        turned = rotate(torch.cat([q_BSHR, k_BSGR], dim=2).transpose(1, 2), ctx.cos, ctx.sin)
+        q_BHSR, k_BGSR = turned.split([self.num_heads, self.num_kv_heads], dim=1)
         if ctx.cache is not None and ctx.place is not None:
             k_BGSR, v_BGSR = ctx.cache.append(self.layer, ctx.place, k_BGSR, v_BGSR)
-            k_BGSR, v_BGSR = k_BGSR.to(q_BHSR.dtype), v_BGSR.to(q_BHSR.dtype)
+            if k_BGSR.dtype != q_BHSR.dtype:
+                k_BGSR, v_BGSR = k_BGSR.to(q_BHSR.dtype), v_BGSR.to(q_BHSR.dtype)
         mask = ctx.masks[self.window]
         grouped = self.num_kv_heads != self.num_heads
         y_BHSR = F.scaled_dot_product_attention(

@@ -48,6 +48,8 @@ class KVCache:
     @property
     def next_position_B1(self) -> Tensor:
         """int64 (B, 1): rotary position of each row's next real token = real tokens held so far."""
+        if not self.has_padding:
+            return torch.full((len(self.valid_BL), 1), self.length, device=self.valid_BL.device)
         return self.valid_BL.sum(dim=1, keepdim=True)
 
     def reserve(self, position_BS: Tensor, valid_BS: Tensor | None) -> slice:

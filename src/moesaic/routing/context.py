@@ -64,6 +64,17 @@ class TokenContext:
     part: Part | None = None
     evidence: dict[str, Tensor] | None = None
 
+    def in_layer(self, previous: Gate | None, state: dict[str, Tensor] | None) -> TokenContext:
+        """The same tokens on their way into one layer.
+
+        ``dataclasses.replace`` would hand all the fields through the constructor again, for every layer of every token.
+        """
+        if torch.compiler.is_compiling():
+            return replace(self, previous=previous, state=state)
+        inside = object.__new__(TokenContext)
+        inside.__dict__.update(self.__dict__, previous=previous, state=state)
+        return inside
+
     def need(self, field: str, router: str) -> Tensor:
         """The named field, or ``ConfigError`` naming the router that misses it."""
         value = getattr(self, field)
