@@ -18,6 +18,7 @@ from moesaic.cost import devices, machine
 from moesaic.cost.devices import GIB, OPTIONAL, Report, Speed, advice, doctor, format_doctor
 from moesaic.cost.machine import Gpu, compile_works, grouped_mm_works, memory, parse_cpuinfo, usable_cores
 from moesaic.cost.speed import best_rate, matmul_gflops, read_gb_per_s
+from moesaic.ops.kernel import Status, build
 
 X86 = "\n\n".join(
     f"processor\t: {n}\nmodel name\t: Example CPU\nphysical id\t: {n // 4}\n"
@@ -41,6 +42,7 @@ def healthy_fields(report: Report) -> dict[str, Any]:
         "disk_free": {"current folder": 100 * GIB},
         "gpus": (Gpu("Example GPU", 80 * GIB, 60 * GIB, "9.0"),),
         "distributed": {"gloo": True},
+        "kernel": Status(True, "avx2", 4, "compiled with cc for avx2"),
         "grouped_mm": {"fp32": True, "bf16": True},
         "cpp_compiler": "g++",
         "compile_works": None,
@@ -78,6 +80,8 @@ def test_nothing_breaks_where_the_platform_tells_nothing(monkeypatch: pytest.Mon
     monkeypatch.setattr(machine.sys, "platform", "darwin")  # and no sysctl to ask
     monkeypatch.setattr(machine.shutil, "which", lambda name: None)
     monkeypatch.setattr(machine.torch.distributed, "is_available", lambda: False)
+    # Asked as it is, it would remember for the rest of this process that there is no compiler.
+    monkeypatch.setattr(devices, "kernel_status", lambda: Status(False, None, None, "no C compiler was found"))
     bare = doctor(measure=False)
     assert (bare.memory_total, bare.memory_free, bare.cpu.physical_cores, bare.cpp_compiler) == (None, None, None, None)
     assert bare.speed is None
@@ -186,6 +190,10 @@ def test_a_healthy_machine_gets_no_advice(report: Report) -> None:
         ({"disk_free": {"current folder": GIB}}, r"Only 1\.0 GiB of disk.*current folder"),
         ({"memory_free": GIB}, r"Only 1\.0 GiB of memory"),
         ({"grouped_mm": {"fp32": True, "bf16": False}}, r"does not work here in bf16"),
+        (
+            {"kernel": Status(False, None, None, "no C compiler was found")},
+            r"kernel.*slower.*: no C compiler was found\.$",
+        ),
         ({"cpp_compiler": None}, r"No C\+\+ compiler"),
         ({"compile_works": False}, r"torch\.compile failed"),
         ({"distributed": {"gloo": False}}, r"one process"),
@@ -204,6 +212,39 @@ def test_each_trouble_gets_one_sentence(
     said = advice(Report(**{**fields, **changes}))
     assert len(said) == 1
     assert re.search(sentence, said[0])
+
+
+def row(report: Report, name: str) -> str:
+    """What the doctor prints beside a name."""
+    return next(line for line in format_doctor(report).splitlines() if line.startswith(name))
+
+
+@pytest.mark.skipif(build.find_compiler() is None, reason="needs a C compiler")
+def test_the_expert_kernel_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MOESAIC_KERNEL", raising=False)
+    found = doctor(measure=False)
+    assert found.kernel.in_use
+    assert found.kernel.isa in build.supported()
+    assert re.fullmatch(
+        rf"expert kernel +C for {found.kernel.isa}, \d+ threads? \(compiled with .*\)", row(found, "expert kernel")
+    )
+    assert json.loads(json.dumps(found.to_dict()))["kernel"]["isa"] == found.kernel.isa
+    assert not any("kernel" in sentence for sentence in found.advice)
+
+
+@pytest.mark.parametrize(
+    ("value", "why"), [("off", "switched off by MOESAIC_KERNEL=off"), ("mmx", "MOESAIC_KERNEL is 'mmx'")]
+)
+def test_the_expert_kernel_not_in_use(monkeypatch: pytest.MonkeyPatch, value: str, why: str) -> None:
+    monkeypatch.setenv("MOESAIC_KERNEL", value)
+    found = doctor(measure=False)
+    assert not found.kernel.in_use
+    assert f"none, experts run on PyTorch's products: {why}" in row(found, "expert kernel")
+    said = [sentence for sentence in found.advice if "kernel" in sentence]
+    assert len(said) == 1
+    assert why in said[0]
+    assert said[0].endswith(".")
+    assert not said[0].endswith("..")
 
 
 @pytest.mark.slow

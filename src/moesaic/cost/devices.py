@@ -33,6 +33,9 @@ from moesaic.cost.machine import (
     version_of,
 )
 from moesaic.cost.speed import matmul_gflops, read_gb_per_s
+from moesaic.errors import ConfigError
+from moesaic.ops.kernel import Status
+from moesaic.ops.kernel import status as kernel_status
 
 GIB = 1 << 30
 # Optional package -> (what it unlocks, how to get it).
@@ -67,7 +70,10 @@ class Speed:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything ``moesaic doctor`` knows. Bytes are bytes; ``advice`` are sentences, empty when nothing is wrong."""
+    """Everything ``moesaic doctor`` knows. Bytes are bytes; ``advice`` are sentences, empty when nothing is wrong.
+
+    ``kernel`` is the C kernel of the experts, ``grouped_mm`` torch's own grouped product.
+    """
 
     python: str
     platform: str
@@ -80,6 +86,7 @@ class Report:
     disk_free: dict[str, int]
     gpus: tuple[Gpu, ...]
     distributed: dict[str, bool]
+    kernel: Status
     grouped_mm: dict[str, bool]
     cpp_compiler: str | None
     compile_works: bool | None
@@ -109,6 +116,7 @@ def doctor(deep: bool = False, measure: bool = True) -> Report:
         disk_free=disk_free(),
         gpus=gpus(),
         distributed={name: backend_available(name) for name in ("gloo", "nccl", "mpi", "ucc")},
+        kernel=expert_kernel(),
         grouped_mm={name: grouped_mm_works(dtype) for name, dtype in _FORMATS.items()},
         cpp_compiler=compiler,
         compile_works=compile_works() if deep else None,
@@ -119,6 +127,14 @@ def doctor(deep: bool = False, measure: bool = True) -> Report:
 
 
 _FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def expert_kernel() -> Status:
+    """The C kernel of the experts, compiled if nobody has yet; a setting that cannot be is a reason, not an error."""
+    try:
+        return kernel_status()
+    except ConfigError as error:
+        return Status(False, None, None, str(error).rstrip("."))
 
 
 def speed() -> Speed:
@@ -157,6 +173,10 @@ def advice(report: Report) -> list[str]:
         said.append(
             "torch is built for CUDA but finds no GPU; check that nvidia-smi works and the driver is new enough."
         )
+    if not report.kernel.in_use:
+        said.append(
+            f"The C kernel of the experts is not in use, so they are slower on this processor: {report.kernel.reason}."
+        )
     for name, works in report.grouped_mm.items():
         if not works:
             said.append(
@@ -193,6 +213,7 @@ def format_doctor(report: Report) -> str:
         *(("gpu", _gpu(gpu)) for gpu in report.gpus),
         *([] if report.gpus else [("gpu", "none; everything runs on the processor")]),
         ("distributed", ", ".join(name for name, there in report.distributed.items() if there) or "none"),
+        ("expert kernel", _kernel(report.kernel)),
         ("grouped product", _works(report.grouped_mm.items())),
         ("torch.compile", _compile(report)),
         *(
@@ -228,6 +249,13 @@ def _gpu(gpu: Gpu) -> str:
     if gpu.capability is not None:
         parts.append(f"capability {gpu.capability}")
     return ", ".join(parts)
+
+
+def _kernel(kernel: Status) -> str:
+    if not kernel.in_use:
+        return f"none, experts run on PyTorch's products: {kernel.reason}"
+    threads = f"{kernel.threads} thread{'s' * (kernel.threads != 1)}"
+    return f"C for {kernel.isa}, {threads} ({kernel.reason})"
 
 
 def _works(formats: Iterable[tuple[str, bool]]) -> str:
