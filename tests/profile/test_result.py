@@ -87,7 +87,7 @@ def profile(**changes: object) -> Profile:
     )
     work = Work(batch=2, seq=50, prompt=10, new_tokens=4, rounds=3)
     values = {"training": pair, "prompt": pair, "token": pair} | changes
-    return Profile("run", 100, 50, work, 1, 4e-9, 4e-9, **values, rows_per_token=(2.0,), cache_bytes=3e6)  # type: ignore[arg-type]
+    return Profile("run", 100, 50, work, 1, "compiled with cc", 4e-9, 4e-9, **values, rows_per_token=(2.0,), cache_bytes=3e6)  # type: ignore[arg-type]
 
 
 def test_the_reading_says_what_the_numbers_say() -> None:

@@ -135,6 +135,8 @@ class Clock:
                 # Clocks of several threads may add up to a little more than passed here; nothing may be counted twice.
                 scale = min(1.0, spent / reported)
                 for name, seconds in new.items():
+                    if not seconds:  # reported earlier, by another part
+                        continue
                     self._book(Place(name, place.layer), seconds * scale)
                 spent -= reported * scale
         self._book(place, spent)

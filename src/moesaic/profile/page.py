@@ -64,9 +64,9 @@ def _sheet(anchor: str, title: str, pair: Pair, speed: str, limit: str, training
     unit = "FLOP" if limit == "arithmetic" else "B"
     columns = (
         "part",
-        *(("forward, ms", "backward, ms") if training else ()),
         "ms",
         "share",
+        *(("forward, ms", "backward, ms") if training else ()),
         "arithmetic" if unit == "FLOP" else "weights",
         "of the limit",
     )
@@ -75,7 +75,7 @@ def _sheet(anchor: str, title: str, pair: Pair, speed: str, limit: str, training
         pair.model.rows, table(pair.model), strict=True
     ):
         work = "" if row.work is None else scaled(row.work, unit)
-        rows.append((name, *((forward, backward) if training else ()), both, share, work, of_limit))
+        rows.append((name, both, share, *((forward, backward) if training else ()), work, of_limit))
     spread = "" if pair.tax is None else f"{pair.tax.least:.2f} to {pair.tax.most:.2f} over rounds"
     tax = "" if pair.tax is None else f"Sparsity tax {pair.tax.ratio:.2f} ({spread})."
     meanings = tuple(meaning(row.part, pair.model) for row in pair.model.rows)

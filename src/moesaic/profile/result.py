@@ -27,6 +27,7 @@ GROUPS = {
     "head projections": COMPUTING,
     "products": COMPUTING,
     "activation": COMPUTING,
+    "wait": COMPUTING,
     "experts": COMPUTING,
     "shared experts": COMPUTING,
     "feed-forward": COMPUTING,
@@ -188,16 +189,13 @@ def _by_layer(lap: Lap) -> dict[int, float]:
     return seconds
 
 
-def _placed(work: Mapping[str, float], parts: Mapping[str, object]) -> dict[str, float]:
-    """Work under the names of the parts that do it: experts' arithmetic is in their products, where these are told apart."""
+def _placed(work: Mapping[str, float], parts: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Work under the names of the parts that do it: the experts' is where most of their time goes, told apart or not."""
     placed = dict(work)
-    mixing = placed.pop("mixing", 0.0)
-    if mixing:
-        placed["experts"] = placed.get("experts", 0.0) + mixing
-    if "experts" in placed and "products" in parts:
-        placed["products"] = placed.pop("experts")
-    elif "experts" in placed and "experts" not in parts:
-        placed["dispatch"] = placed.pop("experts")
+    experts = placed.pop("experts", 0.0) + placed.pop("mixing", 0.0)
+    doing = [part for part in ("products", "experts", "dispatch") if part in parts]
+    if experts and doing:
+        placed[max(doing, key=lambda part: sum(parts[part].values()))] = experts
     return {part: amount for part, amount in placed.items() if part in parts}
 
 

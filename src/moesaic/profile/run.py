@@ -18,6 +18,7 @@ from moesaic.errors import ConfigError
 from moesaic.models.build import build_model
 from moesaic.models.decoder import Decoder
 from moesaic.models.twin import dense_twin
+from moesaic.ops.kernel import status as kernel_status
 from moesaic.profile.measure import DTYPES, Machine, Say, Times, Work, measure_decoding, measure_training
 from moesaic.profile.result import Side, Tax, side, tax
 from moesaic.train.recompute import recompute_activations
@@ -42,6 +43,7 @@ class Profile:
 
     Attributes:
         name: what was profiled. parameters, active: of it.
+        kernel: the C kernel of the experts, or why there is none; empty on a GPU.
         gflops, read_gb_per_s: measured beside the runs: 10^9 operations and 10^9 bytes a second.
         training: whole steps. prompt: reading one. token: one decoded token.
         rows_per_token: by sparse layer, what experts computed in the training steps.
@@ -53,6 +55,7 @@ class Profile:
     active: int
     work: Work
     threads: int
+    kernel: str
     gflops: float
     read_gb_per_s: float
     training: Pair | None
@@ -113,6 +116,7 @@ def profile(
         active=counts.active,
         work=work,
         threads=torch.get_num_threads(),
+        kernel=kernel_status().reason if work.device == "cpu" else "",
         gflops=machine.gflops,
         read_gb_per_s=machine.read_gb_per_s,
         training=training,

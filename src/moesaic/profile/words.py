@@ -14,6 +14,7 @@ MEANING = {
     "gather": "copying tokens to their experts",
     "products": "the experts' matrix products",
     "activation": "the experts' non-linearity",
+    "wait": "threads that are done with their experts waiting for the others",
     "combine": "the weighted sum of a token's experts",
     "experts": "the experts' products and non-linearity",
     "dispatch": "grouping, gather, combine, whatever else the sparse layer does",
@@ -168,6 +169,8 @@ def notes(profile: Profile) -> list[str]:
         said.append(
             f"Keys and values add {scaled(profile.cache_bytes, 'B')} to what a token reads; its limit counts weights."
         )
+    if profile.kernel:
+        said.append(f"C kernel of the experts: {profile.kernel}.")
     if work.device.startswith("cuda"):
         said.append("Every part waits for the GPU when it ends, so parts that could overlap do not.")
     return said
