@@ -135,17 +135,18 @@ class Bench:
             for name, peer in made.items():
                 self.layers.setdefault(name, []).append(peer)
 
-    def copies(self, tokens: int) -> int:
-        """Layers in rotation: in decode enough that even the weights of single tokens exceed 4 times the cache."""
+    def copies(self, tokens: int) -> tuple[int, int]:
+        """Layers in rotation, and how many it takes: in decode, the weights of single tokens exceed 4 times the cache in all."""
         if tokens > DECODE or self.args.warm:
-            return 1
+            return 1, 1
         wanted = -(-4 * last_level_cache(self.device) // (self.shape.active_parameters * self.dtype.itemsize))
         one = self.shape.expert_parameters * self.dtype.itemsize * (2 if self.args.hf else 1)
-        return max(1, min(wanted, 4 if self.args.quick else wanted, int(self.args.memory * 2**30 * 0.6 / one)))
+        fit = int(self.args.memory * 2**30 * 0.6 / one)
+        return max(1, min(wanted, 4 if self.args.quick else wanted, fit)), wanted
 
     def cells(self, tokens: int, load: str, say: Any) -> list[dict[str, Any]]:
         """One row per mode."""
-        copies = self.copies(tokens)
+        copies, wanted = self.copies(tokens)
         self._grow(copies)
         rng = torch.Generator().manual_seed(tokens)
         inputs = []
@@ -173,7 +174,8 @@ class Bench:
                     say=say,
                 )
             row = self._row(seconds, tokens, load, mode)
-            row |= {**loads, "layers": copies, "inputs": len(inputs), "errors": errors, "left_out": left_out}
+            row |= {**loads, "layers": copies, "layers_wanted": wanted, "inputs": len(inputs)}
+            row |= {"errors": errors, "left_out": left_out}
             if grad is not None and tokens > DECODE and self.device.type != "cuda":
                 row["split"] = self._split(inputs[0], grad)
             rows.append(row)

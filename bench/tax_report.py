@@ -65,6 +65,10 @@ def _times(row: Row, name: str | None) -> str:
 
 def _notes(row: Row) -> list[str]:
     notes = [f"       load: {_load(row)}", *(f"       {name} left out: {why}" for name, why in row["left_out"].items())]
+    if row["layers"] < row["layers_wanted"]:
+        notes.append(
+            f"       partly warm: {row['layers']} layers in rotation where {row['layers_wanted']} would exceed the cache"
+        )
     rounds = max(s["rounds"] for s in row["seconds"].values())
     slow = {name: s["rounds"] for name, s in row["seconds"].items() if s["rounds"] < rounds}
     notes += [f"       {name} is slow: {count} of {rounds} rounds" for name, count in slow.items()]
