@@ -136,7 +136,7 @@ class Bench:
                 self.layers.setdefault(name, []).append(peer)
 
     def copies(self, tokens: int) -> tuple[int, int]:
-        """Layers in rotation, and how many it takes: in decode, the weights of single tokens exceed 4 times the cache in all."""
+        """Layers in rotation, and how many it takes to be cold: in decode, single tokens then use 4 times the cache."""
         if tokens > DECODE or self.args.warm:
             return 1, 1
         wanted = -(-4 * last_level_cache(self.device) // (self.shape.active_parameters * self.dtype.itemsize))

@@ -94,12 +94,12 @@ def _panel(panel: Panel, left: int, top: int, x_label: str) -> list[str]:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Round numbers from below ``low`` to above ``high``: 1, 2, 5 of each power of ten, and more in a short range."""
-    steps = (1, 2, 5) if high > 5 * low else (1, 1.5, 2, 3, 4, 5, 6, 8)
+    """1, 2 and 5 times powers of ten around the data. At least a factor of 5, or a log axis makes cliffs of small steps."""
+    low = min(low, high / 5)
     powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
-    marks = [step * 10.0**power for power in powers for step in steps]
+    marks = [step * 10.0**power for power in powers for step in (1, 2, 5)]
     first = max(i for i, mark in enumerate(marks) if mark <= low)
-    last = min(i for i, mark in enumerate(marks) if mark >= high and i > first)
+    last = min(i for i, mark in enumerate(marks) if mark >= high)
     return marks[first : last + 1]
 
 
