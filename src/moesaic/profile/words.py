@@ -155,8 +155,9 @@ def notes(profile: Profile) -> list[str]:
     """How it was measured, and what to mind."""
     work = profile.work
     where = "one GPU" if work.device.startswith("cuda") else f"{profile.threads} thread{'s' * (profile.threads != 1)}"
+    times = "One round" if work.rounds == 1 else f"{work.rounds} rounds"
     said = [
-        f"{work.rounds} rounds on {where}, {work.dtype}, random tokens; the model and its twin in turns, medians.",
+        f"{times} on {where}, {work.dtype}, random tokens; the model and its twin in turns, medians.",
         "Parts are those of the traced run of median length, so they add up to it; the lines below them are plain runs.",
     ]
     for what, pair in (("step", profile.training), ("token", profile.token)):
