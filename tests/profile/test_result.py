@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -86,8 +87,9 @@ def profile(**changes: object) -> Profile:
         ours(), side(times(5.0, 5.0, 5.0), WORK, 4.0), tax(times(9.0, 10.0, 14.0), times(5.0, 5.0, 5.0), [0], 1.0)
     )
     work = Work(batch=2, seq=50, prompt=10, new_tokens=4, rounds=3)
-    values = {"training": pair, "prompt": pair, "token": pair} | changes
-    return Profile("run", 100, 50, work, 1, "compiled with cc", 4e-9, 4e-9, **values, rows_per_token=(2.0,), cache_bytes=3e6)  # type: ignore[arg-type]
+    values: dict[str, Any] = {"training": pair, "prompt": pair, "token": pair} | changes
+    values |= {"rows_per_token": (2.0,), "cache_bytes": 3e6}
+    return Profile("run", 100, 50, work, 1, "compiled with cc", 4e-9, 4e-9, **values)
 
 
 def test_the_reading_says_what_the_numbers_say() -> None:
