@@ -177,7 +177,7 @@ class MoE(nn.Module):
             # Padding may hold anything; a NaN there would reach every gradient of the router and of shared experts as 0 * NaN.
             x_TD = torch.where(ctx.valid_T[:, None], x_TD, 0.0)
         y_TD, plan = self.compute(x_TD, ctx)
-        return y_TD.view(x.shape), plan if ctx.part is None else lift(plan, ctx.part)
+        return y_TD.view_as(x), plan if ctx.part is None else lift(plan, ctx.part)
 
     def compute(self, x_TD: Tensor, ctx: TokenContext) -> tuple[Tensor, RoutingPlan | SoftPlan]:
         """Route and execute: what ``forward`` does once tokens are flat and padding is zero."""

@@ -21,8 +21,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D), in ``x``'s dtype."""
-        wide = x if x.dtype == torch.float64 else x.float()
-        return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
+        wide, weight = x if x.dtype == torch.float64 else x.float(), self.weight
+        return F.rms_norm(wide, weight.shape, weight.type_as(wide), self.eps).type_as(x)
 
 
 class LayerNorm(nn.Module):
@@ -37,8 +37,8 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D), in ``x``'s dtype."""
         wide = x if x.dtype == torch.float64 else x.float()
-        weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
-        return F.layer_norm(wide, weight.shape, weight, bias, self.eps).to(x.dtype)
+        weight, bias = self.weight.type_as(wide), self.bias.type_as(wide)
+        return F.layer_norm(wide, weight.shape, weight, bias, self.eps).type_as(x)
 
 
 def make_norm(kind: NormKind, dim: int, eps: float) -> nn.Module:

@@ -25,4 +25,4 @@ def rotate(x_BHSR: Tensor, cos_B1SR: Tensor, sin_B1SR: Tensor) -> Tensor:
     wide = x_BHSR if x_BHSR.dtype == torch.float64 else x_BHSR.float()
     first, second = wide.chunk(2, dim=-1)
     swapped = torch.cat([second, first], dim=-1)
-    return (wide * cos_B1SR + swapped * sin_B1SR).to(x_BHSR.dtype)
+    return (wide * cos_B1SR + swapped * sin_B1SR).type_as(x_BHSR)
