@@ -16,7 +16,14 @@ from moesaic.routing import TokenContext
 from tests.experts.dumb import Scripted, assert_truth
 from tests.routing.cases import CASES, DIM, Case, some_input
 
-BACKENDS = [("loop", torch.float64, 1e-10), ("loop", torch.float32, 5e-5), ("grouped_mm", torch.float32, 5e-5)]
+BACKENDS = [
+    ("loop", torch.float64, 1e-10),
+    ("loop", torch.float32, 5e-5),
+    ("grouped_mm", torch.float32, 5e-5),
+    ("kernel", torch.float32, 5e-5),
+    ("tiles", torch.float64, 1e-10),
+    ("tiles", torch.float32, 5e-5),
+]
 ALL_LOSSES = {"switch": 0.3, "z": 0.1, "importance": 0.2, "logit_l2": 0.1}
 
 

@@ -7,8 +7,9 @@ mixed precision explicit, with no autocast state that recomputation or compilati
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from moesaic.ops.linear import linear
 
 
 class Linear(nn.Linear):
@@ -16,8 +17,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out), in ``x``'s dtype."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return linear(x, self.weight, self.bias)
 
 
 def init_fan_in_(weight: Tensor, fan_in: int, scale: float = 1.0, generator: torch.Generator | None = None) -> None:

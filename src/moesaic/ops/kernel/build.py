@@ -35,7 +35,7 @@ FLAGS = {
     "generic": "",  # vectors of four, by whatever the processor always has
 }
 # Contracting a * b + c into one instruction is what the registers' arithmetic is written for.
-_ALWAYS = "-O3 -std=gnu11 -fPIC -shared -ffp-contract=fast -fno-math-errno -fno-semantic-interposition -w"
+_ALWAYS = "-O3 -g -std=gnu11 -fPIC -shared -ffp-contract=fast -fno-math-errno -fno-semantic-interposition -w"
 _SOURCES = ("experts.c", "rows.c")
 
 
@@ -77,13 +77,25 @@ def has_amx() -> bool:
 
 
 _lock = threading.Lock()
+_chosen: Library | None = None
 
 
 def available() -> Library:
-    """The library for ``MOESAIC_KERNEL``, compiled if need be. Raises ``ConfigError`` for a value that cannot be."""
-    wish = os.environ.get("MOESAIC_KERNEL", "auto")
-    with _lock:
-        return _available(wish)
+    """The library for ``MOESAIC_KERNEL`` as it was at the first call, compiled if need be.
+
+    Raises ``ConfigError`` for a value that cannot be.
+    """
+    global _chosen
+    if _chosen is None:
+        with _lock:
+            _chosen = _available(os.environ.get("MOESAIC_KERNEL", "auto"))
+    return _chosen
+
+
+def forget() -> None:
+    """Read ``MOESAIC_KERNEL`` again at the next call (for tests)."""
+    global _chosen
+    _chosen = None
 
 
 @functools.cache
@@ -104,7 +116,17 @@ def _available(wish: str) -> Library:
         functions = ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         return Library(None, None, False, f"compiling with {compiler} failed: {_last_line(error)}")
+    _declare(functions)
     return Library(functions, isa, threaded, f"compiled with {Path(compiler).name} for {isa}")
+
+
+def _declare(functions: ctypes.CDLL) -> None:
+    """Argument types, so that calls may pass plain addresses and numbers."""
+    address, number = ctypes.c_void_p, ctypes.c_int64
+    functions.moesaic_group.argtypes = [address, number, number, address, address, address]
+    functions.moesaic_linear.argtypes = [address] * 5 + [number] * 6
+    for name in ("forward", "backward", "few"):
+        getattr(functions, f"moesaic_experts_{name}").argtypes = [address]
 
 
 def _last_line(error: Exception) -> str:

@@ -16,7 +16,7 @@ from moesaic.ops.kernel.build import available
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "squared_relu": 4}
-_FEW_ROWS = 8  # of the busiest expert, up to which weights are read where they lie instead of being packed
+FEW_ROWS = 8  # of the busiest expert, up to which weights are read where they lie instead of being packed
 _PHASES = ("gather", "products", "activation", "combine", "wait")
 
 
@@ -107,7 +107,7 @@ def forward(
     if keep:
         pre_NW = x_TD.new_empty(rows.token_N.shape[0], w_in.shape[2])
         job.pre = pre_NW.data_ptr()
-    few = not keep and rows.token_N.shape[0] <= 64 * _FEW_ROWS and int(rows.counts_E.max()) <= _FEW_ROWS
+    few = not keep and rows.token_N.shape[0] <= 64 * FEW_ROWS and int(rows.counts_E.max()) <= FEW_ROWS
     _run("moesaic_experts_few" if few else "moesaic_experts_forward", job)
     return out_TD, pre_NW
 
@@ -136,16 +136,28 @@ def backward(
     return out_TD, dw_in, dw_out, dweight_N
 
 
+def linear(x_MD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x W^T + b`` for up to ``FEW_ROWS`` rows, contiguous; weight (out, in) in x's dtype or fp32, bias fp32 or None."""
+    library = available().functions
+    assert library is not None
+    rows, columns = x_MD.shape[0], weight.shape[0]
+    y_MO = x_MD.new_empty(rows, columns)
+    sums = y_MO if x_MD.dtype == torch.float32 else torch.empty(rows, columns)
+    library.moesaic_linear(
+        x_MD.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y_MO.data_ptr(), sums.data_ptr(),
+        rows, weight.shape[1], columns, _TYPES[x_MD.dtype], _TYPES[weight.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return y_MO
+
+
 def group(expert_N: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """(order, inverse, counts) of a stable counting sort of int64 ids in [0, E]. Raises ``ValueError`` outside."""
     library = available().functions
     assert library is not None
     expert_N = expert_N.contiguous()
     found = torch.empty_like(expert_N), torch.empty_like(expert_N), expert_N.new_empty(num_experts)
-    failed = library.moesaic_group(
-        ctypes.c_void_p(expert_N.data_ptr()), ctypes.c_int64(expert_N.shape[0]), ctypes.c_int64(num_experts),
-        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in found),
-    )  # fmt: skip
+    addresses = [tensor.data_ptr() for tensor in found]
+    failed = library.moesaic_group(expert_N.data_ptr(), expert_N.shape[0], num_experts, *addresses)
     if failed:
         low, high = int(expert_N.min()), int(expert_N.max())
         raise ValueError(f"rows must name experts in 0 to {num_experts}; got {low} to {high}")

@@ -10,6 +10,7 @@
 #include "product.h"
 
 #define CHUNK 256   // rows of one expert in a task
+#define GROUP 256   // bytes of a row of weights that are packed in one go: whole lines, in runs
 #define DEPTH 1024  // rows of one expert added up in one go for the gradient of its weights
 
 typedef struct { int64_t expert, first, rows, part, parts; } task;  // rows: grouped places
@@ -35,13 +36,21 @@ static double now(void) {
 
 typedef struct { void *at; long stride; int type; } target;
 
+typedef struct { const char *at; long stride, rows, bytes; } region;  // of memory that will be read next
+
+INLINE void prefetch(region r, long part, long parts) {
+  for (long i = r.rows * part / parts; i < r.rows * (part + 1) / parts; i++)
+    for (long b = 0; b < r.bytes; b += 64) __builtin_prefetch(r.at + i * r.stride + b, 0, 2);
+}
+
 // Tiles of a packed "a" (all its panels) times one packed panel of b, columns col.. of the target.
-INLINE void panel_times(int word, const uint32_t *pa, const uint32_t *pb, long height, long k, target c, int type, long col, long cols, int add) {
+INLINE void panel_times(int word, const uint32_t *pa, const uint32_t *pb, long height, long k, target c, int type, long col, long cols, int add, region next) {
   long kw = words(word, k);
   float small[ROWS * COLS] __attribute__((aligned(64)));
   for (long i = 0; i < height; i += ROWS) {
     int h = (int)least(ROWS, height - i);
     const uint32_t *a = pa + i * kw;
+    prefetch(next, i / ROWS, (height + ROWS - 1) / ROWS);
     if (type == F32 && col + COLS <= cols) {
       any_tile(word, h, a, pb, kw, (float *)c.at + i * c.stride + col, c.stride, add);
       continue;
@@ -60,16 +69,33 @@ INLINE void panel_times(int word, const uint32_t *pa, const uint32_t *pb, long h
   }
 }
 
+INLINE long columns_of_group(int type) { return GROUP / (COLS * size_of(type)) * COLS; }
+// The part of b (k, n), or (n, k) transposed, that is packed first from column j.
+INLINE region group_of(const matrix *b, int type, int transposed, long k, long n, long j) {
+  long wide = least(columns_of_group(type), n - j), size = size_of(type);
+  return (region){(const char *)b->base + j * size * (transposed ? b->stride : 1), b->stride * size, transposed ? wide : k, (transposed ? k : wide) * size};
+}
+
 // c (m, n) = a (m, k) b, where b is (k, n), or (n, k) transposed. Reads b once.
 INLINE void multiply(uint32_t *pa, uint32_t *pb, const matrix *a, int a_type, int a_word, const matrix *b, int b_type, int b_word,
-                     int transposed, long m, long k, long n, target c, int c_type, double *clock) {
+                     int transposed, long m, long k, long n, target c, int c_type, region after, double *clock) {
   long kw = words(a_word, k);
   for (long i = 0; i < m; i += ROWS) pack_along(pa + i * kw, ROWS, a, a_type, a_word, i, m, k);
   TICK(GATHER)
-  for (long j = 0; j < n; j += COLS) {
-    if (transposed) pack_along(pb, COLS, b, b_type, b_word, j, n, k);
-    else pack_down(pb, COLS, b, b_type, b_word, k, j, n);
-    panel_times(a_word, pa, pb, m, k, c, c_type, j, n, 0);
+  long group = columns_of_group(b_type);
+  for (long j = 0; j < n; j += group) {
+    long end = least(n, j + group);
+    if (!transposed) pack_down(pb, COLS, b, b_type, b_word, k, j, end, n);
+    // The hardware does not follow a panel's rows from page to page, so weights are asked for one group ahead.
+    region next = end < n ? group_of(b, b_type, transposed, k, n, end) : after;
+    for (long p = j; p < end; p += COLS) {
+      uint32_t *panel = pb + (p - j) * kw;
+      if (transposed) pack_along(panel, COLS, b, b_type, b_word, p, n, k);
+      region share = next;
+      share.rows = next.rows * least(end - j, p - j + COLS) / (end - j) - next.rows * (p - j) / (end - j);
+      share.at += next.rows * (p - j) / (end - j) * next.stride;
+      panel_times(a_word, pa, panel, m, k, c, c_type, p, n, 0, share);
+    }
   }
   TICK(PRODUCTS)
 }
@@ -84,12 +110,14 @@ INLINE void multiply_rows(uint32_t *pa, uint32_t *pb, const matrix *a, const mat
     matrix ak = *a, bk = *b;
     if (a->index) ak.index += at; else ak.base = row_of(a, type, at);
     if (b->index) bk.index += at; else bk.base = row_of(b, type, at);
-    for (long i = 0; i < m; i += ROWS) pack_down(pa + i * kw, ROWS, &ak, type, word, deep, i, m);
+    pack_down(pa, ROWS, &ak, type, word, deep, 0, m, m);
     TICK(GATHER)
+    long group = columns_of_group(type);
     for (long j = from; j < to; j += COLS) {
-      pack_down(pb, COLS, &bk, type, word, deep, j, n);
-      if (wide) panel_times(word, pa, pb, m, deep, (target){wide - from, to - from, F32}, F32, j, to, at > 0);
-      else panel_times(word, pa, pb, m, deep, c, c_type, j, n, at > 0);
+      uint32_t *panel = pb + (j - from) % group * kw;
+      if ((j - from) % group == 0) pack_down(pb, COLS, &bk, type, word, deep, j, least(to, j + group), n);
+      if (wide) panel_times(word, pa, panel, m, deep, (target){wide - from, to - from, F32}, F32, j, to, at > 0, (region){0});
+      else panel_times(word, pa, panel, m, deep, c, c_type, j, n, at > 0, (region){0});
     }
     TICK(PRODUCTS)
   }
@@ -116,7 +144,7 @@ INLINE uint32_t *panels_a(const call *c, int word) {
   return scratch(PANELS_A, 4 * (most(a, b) + 2 * LANES));
 }
 INLINE uint32_t *panels_b(const call *c, int word) {
-  return scratch(PANELS_B, 4 * COLS * (words(word, most(most(c->j->dim, c->width), least(c->deepest, DEPTH))) + 2));
+  return scratch(PANELS_B, 2 * GROUP * (words(word, most(most(c->j->dim, c->width), least(c->deepest, DEPTH))) + 2));
 }
 
 INLINE void activate_row(const job *j, int type, const void *pre, void *hidden) {
@@ -134,6 +162,9 @@ INLINE void activate_row(const job *j, int type, const void *pre, void *hidden) 
   }
 }
 
+// Whose weights this thread will probably read next.
+INLINE long next_expert(const call *c, task t) { return least(c->j->experts - 1, t.expert + c->j->threads); }
+
 INLINE void forward_task(const call *c, task t, int xt, int wt, int xw, int ww, double *clock) {
   const job *j = c->j;
   long D = j->dim, H = j->hidden, W = c->width;
@@ -143,10 +174,13 @@ INLINE void forward_task(const call *c, task t, int xt, int wt, int xw, int ww, 
   matrix x = {j->x, c->token + t.first, D, xt}, h = {hidden, NULL, H, xt};
   matrix w_in = {(const char *)j->w_in + size_of(wt) * t.expert * D * W, NULL, W, wt};
   matrix w_out = {(const char *)j->w_out + size_of(wt) * t.expert * H * D, NULL, D, wt};
-  multiply(pa, pb, &x, xt, xw, &w_in, wt, ww, 0, t.rows, D, W, (target){pre, W, xt}, xt, clock);
+  multiply(pa, pb, &x, xt, xw, &w_in, wt, ww, 0, t.rows, D, W, (target){pre, W, xt}, xt, group_of(&w_out, wt, 0, H, D, 0), clock);
   for (long r = 0; r < t.rows; r++) activate_row(j, xt, pre + size_of(xt) * r * W, hidden + size_of(xt) * r * H);
   TICK(ACTIVATION)
-  multiply(pa, pb, &h, xt, xw, &w_out, wt, ww, 0, t.rows, H, D, (target){c->wave + (t.first - c->first) * D, D, F32}, F32, clock);
+  matrix later = w_in;
+  later.base = (const char *)w_in.base + size_of(wt) * (next_expert(c, t) - t.expert) * D * W;
+  multiply(pa, pb, &h, xt, xw, &w_out, wt, ww, 0, t.rows, H, D, (target){c->wave + (t.first - c->first) * D, D, F32}, F32,
+           group_of(&later, wt, 0, D, W, 0), clock);
 }
 
 // From the gradient g of the unweighted hidden row: the gradient of the weight, of the row before the activation, and the weighted row.
@@ -194,14 +228,18 @@ INLINE void backward_task(const call *c, task t, int xt, int wt, int xw, int ww,
   matrix dy = {j->dy, c->token + t.first, D, xt}, dp = {dpre, NULL, W, xt};
   matrix w_in = {(const char *)j->w_in + size_of(wt) * t.expert * D * W, NULL, W, wt};
   matrix w_out = {(const char *)j->w_out + size_of(wt) * t.expert * H * D, NULL, D, wt};
-  multiply(pa, pb, &dy, xt, xw, &w_out, wt, ww, 1, t.rows, D, H, (target){g, H, F32}, F32, clock);
+  multiply(pa, pb, &dy, xt, xw, &w_out, wt, ww, 1, t.rows, D, H, (target){g, H, F32}, F32, j->sum ? group_of(&w_in, wt, 1, W, D, 0) : (region){0}, clock);
   for (long r = 0; r < t.rows; r++) {
     int64_t row = j->order[t.first + r];
     float dw = activate_back_row(j, xt, j->weight[row], pre + size_of(xt) * r * W, g + r * H, dpre + size_of(xt) * r * W, scaled + size_of(xt) * r * H);
     if (j->dweight) j->dweight[row] = dw;
   }
   TICK(ACTIVATION)
-  if (j->sum) multiply(pa, pb, &dp, xt, xw, &w_in, wt, ww, 1, t.rows, W, D, (target){c->wave + at * D, D, F32}, F32, clock);
+  matrix later = w_out;
+  later.base = (const char *)w_out.base + size_of(wt) * (next_expert(c, t) - t.expert) * H * D;
+  if (j->sum)
+    multiply(pa, pb, &dp, xt, xw, &w_in, wt, ww, 1, t.rows, W, D, (target){c->wave + at * D, D, F32}, F32,
+             group_of(&later, wt, 1, D, H, 0), clock);
 }
 
 // Gradient of one expert's matrices: columns [part / parts, (part + 1) / parts) of w_in (even tasks) or w_out (odd ones).

@@ -70,19 +70,26 @@ INLINE const void *row_of(const matrix *m, int type, long r) {
 
 static const uint32_t zeros[16384] __attribute__((aligned(64)));  // a row that is not there
 
-// Panel "width" wide whose words run down K = rows of the matrix: columns col .. col + width. dst is [words(rows)][panel].
-// "all" is the number of columns of the matrix, beyond which nothing may be read.
-INLINE void pack_down(uint32_t *dst, int panel, const matrix *m, int type, int word, long rows, long col, long all) {
-  int width = all - col < panel ? (int)(all - col) : panel;
+// Panels of columns col .. end (at most "all" of the matrix), words running down K = rows. Panel n is at dst + n * words(rows) * panel.
+// Row by row over all panels, so that memory is read in long runs even where rows are scattered.
+INLINE void pack_down(uint32_t *dst, int panel, const matrix *m, int type, int word, long rows, long col, long end, long all) {
+  long next = words(word, rows) * panel;
   for (long r = 0; r < rows; r += per_word(word), dst += panel) {
     const void *p = row_of(m, type, r);
     const void *q = word == DOT && r + 1 < rows ? row_of(m, type, r + 1) : NULL;
-    int c = 0;
-    if (q || word != DOT)
-      // A vector may run past the panel: the next row of words overwrites it, and buffers end with room for the last.
-      for (; c < width && col + c + LANES <= all; c += LANES) *(vu_u *)(dst + c) = words_across(type, word, p, q, col + c);
-    for (; c < width; c++) dst[c] = q || word != DOT ? word_across(type, word, p, q, col + c) : half(type, p, col + c);
-    for (c = width; c < panel; c++) dst[c] = 0;
+    uint32_t *d = dst;
+    for (long at = col; at < end; at += panel, d += next) {
+      int c = 0;
+      // A vector may run past the panel's width into its next row, which is written later; not so in the last row.
+      int fits = panel % LANES == 0 || r + per_word(word) < rows;
+      if (fits && (q || word != DOT) && at + (panel + LANES - 1) / LANES * LANES <= all) {
+        for (; c < panel; c += LANES) *(vu_u *)(d + c) = words_across(type, word, p, q, at + c);
+        continue;
+      }
+      int width = all - at < panel ? (int)(all - at) : panel;
+      for (; c < width; c++) d[c] = q || word != DOT ? word_across(type, word, p, q, at + c) : half(type, p, at + c);
+      for (; c < panel; c++) d[c] = 0;
+    }
   }
 }
 
@@ -118,7 +125,7 @@ INLINE void pack_along(uint32_t *dst, int panel, const matrix *m, int type, int 
     const void *p[LANES];
     int n = width - i < 0 ? 0 : width - i < LANES ? width - i : LANES;
     for (int j = 0; j < n; j++) p[j] = row_of(m, type, row + i + j);
-    int room = panel - i;  // of a last vector wider than the panel, the next row of words overwrites the rest
+    int room = panel < LANES ? LANES : panel - i;  // where a vector is wider than the panel, the next row overwrites the rest
     for (long k = 0; k < whole; k += LANES) {
       vu v[LANES];
       for (int j = 0; j < LANES; j++) v[j] = j < n ? words_along(type, word, p[j], k * per_word(word)) : (vu){0};

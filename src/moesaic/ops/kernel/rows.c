@@ -23,53 +23,70 @@ int moesaic_group(const int64_t *expert, int64_t rows, int64_t experts, int64_t 
   return 0;
 }
 
-// ---- y (m, out) = x (m, in) w^T, w (out, in): dot products along rows of w --------------------------------------------------
+// ---- y (m, out) = x (m, in) w^T, w (out, in): dot products along rows of w ------------------------------------------------
 
 INLINE float total(vf v) {
+#if LANES == 16
+  return _mm512_reduce_add_ps((__m512)v);
+#else
   float t = 0;
   for (int l = 0; l < LANES; l++) t += v[l];
   return t;
+#endif
 }
 
-#define OUTS 4  // rows of w at once: enough streams for the prefetchers, each x loaded once for all
-INLINE void dots(int m, int xt, int wt, const char *x, long x_stride, const char *w, long in, int outs, float *y, long y_stride) {
-  vf acc[FEW][OUTS];
+// "outs" rows of w, each read once from its beginning to its end, times m rows of x. Each sum is "chains" sums side by side,
+// because an addition waits for the one before it.
+INLINE void dots(int m, int outs, int chains, int xt, int wt, const char *x, const char *w, long in, float *y, long y_stride) {
+  vf acc[FEW][4];  // outs * chains is 4 at most
 #pragma GCC unroll 8
   for (int r = 0; r < m; r++)
 #pragma GCC unroll 4
-    for (int o = 0; o < OUTS; o++) acc[r][o] = (vf){0};
+    for (int c = 0; c < outs * chains; c++) acc[r][c] = (vf){0};
   long i = 0;
 #if HAVE_DOT
-  if (xt == BF16 && wt == BF16) {
-    for (; i + 32 <= in; i += 32) {
+  if (xt == BF16 && wt == BF16)
+    for (; i + 32 * chains <= in; i += 32 * chains)
 #pragma GCC unroll 8
-      for (int r = 0; r < m; r++) {
-        __m512i xi = _mm512_loadu_si512(x + 2 * (r * x_stride + i));
+      for (int r = 0; r < m; r++)
 #pragma GCC unroll 4
-        for (int o = 0; o < OUTS; o++)
-          acc[r][o] = (vf)_mm512_dpbf16_ps((__m512)acc[r][o], (__m512bh)xi, (__m512bh)_mm512_loadu_si512(w + 2 * ((o < outs ? o : 0) * in + i)));
-      }
-    }
-  }
+        for (int c = 0; c < chains; c++) {
+          __m512i xi = _mm512_loadu_si512(x + 2 * (r * in + i + 32 * c));
+#pragma GCC unroll 4
+          for (int o = 0; o < outs; o++)
+            acc[r][o * chains + c] = (vf)_mm512_dpbf16_ps((__m512)acc[r][o * chains + c], (__m512bh)xi, (__m512bh)_mm512_loadu_si512(w + 2 * (o * in + i + 32 * c)));
+        }
 #endif
-  for (; i + LANES <= in; i += LANES)
+  for (; i + LANES * chains <= in; i += LANES * chains)
 #pragma GCC unroll 8
-    for (int r = 0; r < m; r++) {
-      vf xi = load_as(xt, x, r * x_stride + i);
+    for (int r = 0; r < m; r++)
 #pragma GCC unroll 4
-      for (int o = 0; o < OUTS; o++) acc[r][o] += xi * load_as(wt, w, (o < outs ? o : 0) * in + i);
-    }
+      for (int c = 0; c < chains; c++) {
+        vf xi = load_as(xt, x, r * in + i + LANES * c);
+#pragma GCC unroll 4
+        for (int o = 0; o < outs; o++) acc[r][o * chains + c] += xi * load_as(wt, w, o * in + i + LANES * c);
+      }
+#pragma GCC unroll 8
   for (int r = 0; r < m; r++)
+#pragma GCC unroll 4
     for (int o = 0; o < outs; o++) {
-      float t = total(acc[r][o]);
-      for (long k = i; k < in; k++) t += load_as_1(xt, x, r * x_stride + k) * load_as_1(wt, w, o * in + k);
+      vf sum = acc[r][o * chains];
+#pragma GCC unroll 4
+      for (int c = 1; c < chains; c++) sum += acc[r][o * chains + c];
+      float t = total(sum);
+      for (long k = i; k < in; k++) t += load_as_1(xt, x, r * in + k) * load_as_1(wt, w, o * in + k);
       y[r * y_stride + o] = t;
     }
 }
 
-#define DOTS(M) case M: for (long o = from; o < to; o += OUTS) dots(M, xt, wt, x, in, w + size_of(wt) * o * in, in, (int)least(OUTS, to - o), y + o, out); break;
+// One row of w at a time is one stream of memory; with many rows of x, loading those for four rows of w at once saves more.
+#define DOTS(M, OUTS)                                                                                                            \
+  case M:                                                                                                                        \
+    for (; from + OUTS <= to; from += OUTS) dots(M, OUTS, 4 / OUTS, xt, wt, x, w + size_of(wt) * from * in, in, y + from, out); \
+    for (; from < to; from++) dots(M, 1, 1, xt, wt, x, w + size_of(wt) * from * in, in, y + from, out);                         \
+    break;
 INLINE void some_dots(int m, int xt, int wt, const char *x, const char *w, long in, long out, long from, long to, float *y) {
-  switch (m) { DOTS(1) DOTS(2) DOTS(3) DOTS(4) DOTS(5) DOTS(6) DOTS(7) DOTS(8) }
+  switch (m) { DOTS(1, 1) DOTS(2, 1) DOTS(3, 4) DOTS(4, 4) DOTS(5, 4) DOTS(6, 4) DOTS(7, 4) DOTS(8, 4) }
 }
 
 // y is fp32 scratch (m, out) in fp32, else the scratch the result is rounded from.
