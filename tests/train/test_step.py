@@ -196,6 +196,22 @@ def test_clipping_scales_every_gradient_alike_and_the_norm_is_the_one_before() -
         torch.testing.assert_close(loose[key], gradient, rtol=0, atol=0, msg=key)
 
 
+def test_gradients_within_the_limit_are_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[float] = []
+    scale = torch.nn.utils.clip_grads_with_norm_
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grads_with_norm_", lambda p, most, norm: (calls.append(most), scale(p, most, norm))
+    )
+    _, _, reading = one_step(sparse(), [batch_of(2)])
+    one_step(sparse(), [batch_of(2)], clip=reading.grad_norm * 1.01)
+    assert not calls
+    one_step(
+        sparse(), [batch_of(2)], clip=reading.grad_norm
+    )  # the divisor is the norm and a bit: PyTorch's scales this one
+    one_step(sparse(), [batch_of(2)], clip=reading.grad_norm * 0.99)
+    assert len(calls) == 2
+
+
 def test_the_given_learning_rate_is_the_one_used() -> None:
     model = build_model(tiny(), seed=0)
     optimizer = make_optimizer(model, OptimConfig(lr=7.0))

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.data.packing import IGNORE, PackedRows
@@ -16,7 +15,7 @@ from moesaic.errors import DataError
 from moesaic.models.decoder import Decoder
 from moesaic.plan.plan import RoutingPlan
 from moesaic.plan.read import load_by_label, logged_load
-from moesaic.train.step import forward
+from moesaic.train.step import forward, lm_losses
 
 
 @dataclass
@@ -76,9 +75,7 @@ def evaluate(
         for start in range(0, len(indices), batch_size):
             batch = rows.batch(indices[start : start + batch_size]).to(device)
             output = forward(model, batch)
-            loss_T = F.cross_entropy(
-                output.logits.flatten(0, 1).float(), batch.targets_BS.flatten(), ignore_index=IGNORE, reduction="none"
-            ).cpu()
+            loss_T = lm_losses(output.logits, batch.targets_BS).cpu()
             counted_T = (batch.targets_BS.flatten() != IGNORE).cpu()
             label_T = batch.label_BS.flatten().cpu()[counted_T]
             sums_L.index_add_(0, label_T, loss_T[counted_T].double())

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.data.packing import IGNORE, Batch
@@ -22,6 +21,7 @@ from moesaic.plan import read
 from moesaic.plan.plan import RoutingPlan, SoftPlan
 from moesaic.routing import LossContext, Outcome, StepStats, balance_loss
 from moesaic.train.guard import check_finite
+from moesaic.train.loss import cross_entropy
 
 Plans = dict[int, RoutingPlan | SoftPlan]
 
@@ -84,8 +84,7 @@ def forward(model: Decoder, batch: Batch) -> Output:
 
 def lm_losses(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
     """fp32 (T,): cross entropy of each position in nats, 0 where there is no target."""
-    logits_TV = logits_BSV.flatten(0, 1).float()
-    return F.cross_entropy(logits_TV, targets_BS.flatten(), ignore_index=IGNORE, reduction="none")
+    return cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten())
 
 
 def train_step(
@@ -123,7 +122,8 @@ def train_step(
     reading.grad_norm = norm.item()
     # Before clipping: scaling by a NaN norm would make every gradient NaN and hide where it began.
     check_finite(model, reading.loss, reading.grad_norm, step, lambda: [forward(model, batch) for batch in batches])
-    if clip > 0:
+    # A norm within the limit would multiply every gradient by 1, one more pass over memory.
+    if clip > 0 and float(clip / (norm + 1e-6)) < 1:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
