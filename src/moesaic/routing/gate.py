@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesaic.errors import ConfigError, one_of
+from moesaic.ops.top import top_k
 from moesaic.plan.plan import Gate, RoutingPlan, SoftPlan, at_least_fp32, from_topk
 from moesaic.routing.context import NO_CONTEXT, TokenContext
 from moesaic.routing.facts import Cost, Facts, linear_cost
@@ -235,14 +236,13 @@ def score(logits_TE: Tensor, how: Score) -> Tensor:
 def choose(scores_TE: Tensor, k: int, allowed_TE: Tensor | None = None) -> Tensor:
     """int64 (T, K): the k best experts, best first; ties go to the lowest expert on every device. Carries no gradient.
 
-    ``torch.topk`` promises no order on equal values, and CPU and GPU differ, hence the stable sort. With rules
-    (``allowed_TE``) permitted experts come first whatever their score; where fewer than k are permitted, forbidden ones fill
-    the last places, and the plan (``allowed_TE`` of ``from_topk``) sends those nowhere.
+    With rules (``allowed_TE``) permitted experts come first whatever their score; where fewer than k are permitted, forbidden
+    ones fill the last places, and the plan (``allowed_TE`` of ``from_topk``) sends those nowhere.
     """
     scores_TE = scores_TE.detach()
     if allowed_TE is not None:
         scores_TE = scores_TE.masked_fill(~allowed_TE, float("-inf"))
-    return torch.sort(scores_TE, dim=-1, descending=True, stable=True).indices[:, :k]
+    return top_k(scores_TE, k)
 
 
 def ruled(logits_TE: Tensor, ctx: TokenContext) -> Tensor:

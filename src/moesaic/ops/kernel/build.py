@@ -124,6 +124,7 @@ def _declare(functions: ctypes.CDLL) -> None:
     """Argument types, so that calls may pass plain addresses and numbers."""
     address, number = ctypes.c_void_p, ctypes.c_int64
     functions.moesaic_group.argtypes = [address, number, number, address, address, address]
+    functions.moesaic_top.argtypes = [address, number, number, number, address, number]
     functions.moesaic_linear.argtypes = [address] * 5 + [number] * 6
     for name in ("forward", "backward", "few"):
         getattr(functions, f"moesaic_experts_{name}").argtypes = [address]

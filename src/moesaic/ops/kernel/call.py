@@ -17,6 +17,7 @@ from moesaic.ops.kernel.build import available
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "squared_relu": 4}
 FEW_ROWS = 8  # of the busiest expert, up to which weights are read where they lie instead of being packed
+MOST_OF_TOP = 64
 _PHASES = ("gather", "products", "activation", "combine", "wait")
 
 
@@ -148,6 +149,17 @@ def linear(x_MD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows, weight.shape[1], columns, _TYPES[x_MD.dtype], _TYPES[weight.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return y_MO
+
+
+def top(scores_TE: Tensor, k: int) -> Tensor:
+    """int64 (T, K): columns of the k <= ``MOST_OF_TOP`` best fp32 scores of each row; see ``ops/top.py``."""
+    library = available().functions
+    assert library is not None
+    scores_TE = scores_TE.contiguous()
+    best_TK = torch.empty(scores_TE.shape[0], k, dtype=torch.int64)
+    failed = library.moesaic_top(scores_TE.data_ptr(), *scores_TE.shape, k, best_TK.data_ptr(), torch.get_num_threads())
+    assert not failed
+    return best_TK
 
 
 def group(expert_N: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:

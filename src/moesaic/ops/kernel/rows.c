@@ -4,6 +4,7 @@
 #include "job.h"
 
 #define FEW 8  // rows at most
+#define MOST_OF_TOP 64
 
 // Stable counting sort of rows by expert id in 0 .. experts, of which the last means nowhere.
 int moesaic_group(const int64_t *expert, int64_t rows, int64_t experts, int64_t *order, int64_t *inverse, int64_t *counts) {
@@ -20,6 +21,44 @@ int moesaic_group(const int64_t *expert, int64_t rows, int64_t experts, int64_t 
     order[at] = n, inverse[n] = at;
   }
   free(place);
+  return 0;
+}
+
+// The k best of each row of scores (rows, width), best first, ties to the lowest column, NaN above everything: the first k of a
+// stable descending sort. A vector of scores is passed over at once unless one of them beats the worst of the best so far.
+int moesaic_top(const float *scores, int64_t rows, int64_t width, int64_t k, int64_t *best, int64_t threads) {
+  if (k < 1 || k > width || k > MOST_OF_TOP) return 2;
+#pragma omp parallel for schedule(static) num_threads((int)threads) if (rows * width > 65536)
+  for (int64_t r = 0; r < rows; r++) {
+    const float *row = scores + r * width;
+    int32_t key[MOST_OF_TOP], worst = INT32_MIN;
+    int64_t *at = best + r * k;
+    int held = 0;
+    for (int64_t c = 0; c < width; c += LANES) {
+      vf v = {0};
+      int n = (int)least(LANES, width - c);
+      if (n == LANES) v = load(row + c);
+      else for (int l = 0; l < n; l++) v[l] = row[c + l];
+      vi bits = (vi)(v + (vf){0});  // -0 + 0 is 0, so that both zeros tie
+      vi order = bits ^ ((bits >> 31) & 0x7fffffff), nan = v != v;  // as integers, floats of one order
+      order = (order & ~nan) | (nan & 0x7fffffff);
+#if LANES == 16
+      uint32_t beats = _mm512_cmpgt_epi32_mask((__m512i)order, _mm512_set1_epi32(worst));
+      if (held < k) beats = 0xffff;
+#else
+      uint32_t beats = 0xffff;
+#endif
+      beats &= (uint32_t)((1u << n) - 1);
+      for (; beats; beats &= beats - 1) {
+        int l = __builtin_ctz(beats), i = held < k ? held : (int)k - 1;
+        if (held == k && order[l] <= key[i]) continue;
+        for (; i > 0 && key[i - 1] < order[l]; i--) key[i] = key[i - 1], at[i] = at[i - 1];
+        key[i] = order[l], at[i] = c + l;
+        if (held < k) held++;
+        if (held == k) worst = key[k - 1];
+      }
+    }
+  }
   return 0;
 }
 
