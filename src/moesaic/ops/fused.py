@@ -78,13 +78,14 @@ def experts_mlp(
         counts_E: int64 rows per expert; rows past the last group are not computed.
         sources: of the rows.
 
-    Returns (T, D) in ``x``'s dtype; tokens without rows get zeros, experts without rows a zero gradient.
+    Returns (T, D) in ``x``'s dtype; tokens without rows get zeros, experts without rows a zero gradient. Raises
+    ``ValueError`` on mismatched shapes.
     """
-    token_N, weight_N, order_N = sources
+    token_N, weight_N, order_N = _checked(x_TD, w_in, w_out, counts_E, sources, gated)
     backend = backend or pick_fused(x_TD, w_in, token_N.shape[0])
-    if backend == "tiles" or w_in.dtype not in (x_TD.dtype, torch.float32):
+    if backend == "tiles" or w_in.dtype not in (x_TD.dtype, torch.float32) or w_out.dtype != w_in.dtype:
         w_in, w_out = w_in.to(x_TD.dtype), w_out.to(x_TD.dtype)
-    inputs = [x_TD, w_in, w_out, weight_N, token_N, order_N, counts_E]
+    inputs = [x_TD, w_in, w_out, weight_N, token_N, order_N, counts_E.to(torch.int64)]
     if torch.compiler.is_compiling():
         opaque_TD: Tensor = _opaque(*inputs, activation, gated, backend == "kernel")[0]
         return opaque_TD
@@ -94,6 +95,28 @@ def experts_mlp(
         return _forward(inputs, shape, backend == "kernel", keep=False)[0]
     y_TD: Tensor = _Experts.apply(*inputs, shape, backend == "kernel")
     return y_TD
+
+
+def _checked(
+    x_TD: Tensor, w_in: Tensor, w_out: Tensor, counts_E: Tensor, sources: Sources, gated: bool
+) -> Sources:  # fmt: skip
+    """``sources`` in the dtypes that back ends take, after a look at every shape: C reads where it is told to."""
+    token_N, weight_N, order_N = sources
+    E, H, D = w_out.shape
+    if (
+        x_TD.dim() != 2
+        or x_TD.shape[1] != D
+        or w_in.shape != (E, D, 2 * H if gated else H)
+        or counts_E.shape != (E,)
+        or not token_N.shape == weight_N.shape == order_N.shape == (token_N.numel(),)
+    ):
+        raise ValueError(
+            f"experts need x (T, D), w_in (E, D, {'2H' if gated else 'H'}), w_out (E, H, D), counts (E,) and one token, "
+            f"weight and place per row; got {tuple(x_TD.shape)}, {tuple(w_in.shape)}, {tuple(w_out.shape)}, "
+            f"{tuple(counts_E.shape)} and {tuple(token_N.shape)}, {tuple(weight_N.shape)}, {tuple(order_N.shape)}"
+        )
+    wide = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
+    return Sources(token_N.to(torch.int64), weight_N.to(wide), order_N.to(torch.int64))
 
 
 def _forward(inputs: list[Tensor], shape: Shape, use_kernel: bool, keep: bool) -> tuple[Tensor, Tensor | None]:

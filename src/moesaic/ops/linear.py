@@ -17,12 +17,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(..., in) to (..., out) in ``x``'s dtype; weight (out, in) and bias (out,) of any float dtype, cast at use."""
     if (
         x.numel() <= kernel.FEW_ROWS * x.shape[-1]
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not (torch.is_grad_enabled() and _needs_gradient(x, weight, bias))
         and not torch.compiler.is_compiling()
         and x.numel()
+        and x.shape[-1] == weight.shape[-1]  # otherwise the refusal is PyTorch's
         and kernel.usable(x, weight)
     ):
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         y = kernel.linear(rows, weight.contiguous(), None if bias is None else bias.float().contiguous())
         return y.view(*x.shape[:-1], weight.shape[0])
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -1,8 +1,9 @@
 """Compile the C files beside this one and load them: one shared library per instruction set, compiler and source, in a cache.
 
 The cache is ``$XDG_CACHE_HOME/moesaic/kernels`` (``~/.cache`` by default). A library is written whole under another name and
-moved in place, so that processes that start together cannot read half of one. Threads are those of the OpenMP runtime that
-PyTorch has loaded: a second pool would spin against the first on the same cores.
+moved in place, so that processes that start together cannot read half of one; and its name ends in a hash of its content, so
+that one cut short by a full disk or a power failure is compiled again and never mapped (that would end the process). Threads
+are those of the OpenMP runtime that PyTorch has loaded: a second pool would spin against the first on the same cores.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -21,6 +24,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -115,9 +119,10 @@ def _available(wish: str) -> Library:
         path, threaded = compiled(compiler, isa)
         functions = ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
-        return Library(None, None, False, f"compiling with {compiler} failed: {_last_line(error)}")
+        return Library(None, None, False, f"compiling with {shlex.join(compiler)} failed: {_last_line(error)}")
     _declare(functions)
-    return Library(functions, isa, threaded, f"compiled with {Path(compiler).name} for {isa}")
+    words = " ".join([Path(compiler[0]).name, *compiler[1:]])
+    return Library(functions, isa, threaded, f"compiled with {words} for {isa}")
 
 
 def _declare(functions: ctypes.CDLL) -> None:
@@ -136,17 +141,18 @@ def _last_line(error: Exception) -> str:
     return lines[0].strip()
 
 
-def find_compiler() -> str | None:
-    """The C compiler: ``$CC`` if set, else cc, gcc or clang."""
+def find_compiler() -> list[str] | None:
+    """The C compiler: ``$CC`` with its arguments ("ccache gcc") if there is such a program, else cc, gcc or clang."""
     for name in (os.environ.get("CC", ""), "cc", "gcc", "clang"):
-        path = shutil.which(name.split()[0]) if name.split() else None
+        words = name.split()
+        path = shutil.which(words[0]) if words else None
         if path:
-            return path
+            return [path, *words[1:]]
     return None
 
 
 def cache_folder() -> Path:
-    """Where libraries are kept; a private temporary folder where the user's cache cannot be written."""
+    """Where libraries are kept; the user's own folder beside temporary files where the cache cannot be written."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = Path(home) / "moesaic" / "kernels"
     try:
@@ -155,26 +161,34 @@ def cache_folder() -> Path:
             return folder
     except OSError:
         pass
+    if hasattr(os, "getuid"):
+        folder = Path(tempfile.gettempdir()) / f"moesaic-kernels-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        facts = folder.lstat()
+        # Anybody may have made a folder of this name there, and what is in it gets loaded.
+        if stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid() and not facts.st_mode & 0o022:
+            return folder
     return Path(tempfile.mkdtemp(prefix="moesaic-kernels-"))
 
 
-def compiled(compiler: str, isa: str) -> tuple[Path, bool]:
+def compiled(compiler: list[str], isa: str) -> tuple[Path, bool]:
     """Path of the library and whether it has threads, from the cache or compiled now.
 
     Raises ``subprocess.SubprocessError`` or ``OSError`` when the compiler cannot.
     """
     here = Path(__file__).parent
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=20, check=True).stdout
+    version = _say([*compiler, "--version"], timeout=20)
     runtime = _openmp_runtime()
-    parts = [version, FLAGS[isa], _ALWAYS, str(bool(runtime)), platform.machine()]
-    parts += [path.read_text() for path in sorted(here.glob("*.[ch]"))]
+    parts = [version, *compiler[1:], FLAGS[isa], _ALWAYS, str(bool(runtime)), platform.machine()]
+    parts += [path.read_text("utf-8") for path in sorted(here.glob("*.[ch]"))]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     folder = cache_folder()
     for threaded in (True, False) if runtime else (False,):
-        path = folder / f"{isa}-{digest}{'' if threaded else '-single'}.so"
-        if not path.exists():
+        name = f"{isa}-{digest}-{'threads' if threaded else 'single'}"
+        path = next(filter(_whole, sorted(folder.glob(f"{name}-*.so"))), None)
+        if path is None:
             try:
-                _compile(compiler, isa, threaded, path, here)
+                path = _compile(compiler, isa, threaded, folder, name)
             except subprocess.CalledProcessError:
                 if threaded:
                     continue  # a compiler without OpenMP: one thread is better than none
@@ -186,25 +200,43 @@ def compiled(compiler: str, isa: str) -> tuple[Path, bool]:
     raise OSError("no library was made")
 
 
-def _compile(compiler: str, isa: str, threaded: bool, path: Path, here: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".compiling-") as scratch:
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _whole(path: Path) -> bool:
+    """Whether the library's content is what its name says."""
+    return path.stem.endswith(f"-{_hash(path)}")
+
+
+def _say(command: list[str], timeout: float) -> str:
+    # Messages come in the user's language and need not be in the encoding that Python expects.
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout, check=True)
+    return done.stdout
+
+
+def _compile(compiler: list[str], isa: str, threaded: bool, folder: Path, name: str) -> Path:
+    here = Path(__file__).parent
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".compiling-") as scratch:
         objects = []
         running = []
         for source in _SOURCES:
             objects.append(os.path.join(scratch, source + ".o"))
             flags = [*_ALWAYS.replace("-shared ", "").split(), *FLAGS[isa].split()]
             flags += ["-fopenmp"] if threaded else ["-Wno-unknown-pragmas"]
-            command = [compiler, *flags, "-c", str(here / source), "-o", objects[-1]]
-            running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+            command = [*compiler, *flags, "-c", str(here / source), "-o", objects[-1]]
+            streams: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+            running.append(subprocess.Popen(command, text=True, errors="replace", **streams))
         errors = [process.communicate(timeout=300)[1] for process in running]
         for process, error in zip(running, errors, strict=True):
             if process.returncode:
                 raise subprocess.CalledProcessError(process.returncode, process.args, stderr=error)
-        made = os.path.join(scratch, path.name)
+        made = Path(scratch) / "made.so"
         undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-        link = [compiler, "-shared", *undefined, *objects, "-o", made]
-        subprocess.run(link, capture_output=True, text=True, timeout=120, check=True)
+        _say([*compiler, "-shared", *undefined, *objects, "-o", str(made)], timeout=120)
+        path = folder / f"{name}-{_hash(made)}.so"
         os.replace(made, path)
+        return path
 
 
 def _openmp_runtime() -> str | None:
@@ -213,5 +245,5 @@ def _openmp_runtime() -> str | None:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
         return None
-    found = re.search(r"(/\S*/lib(?:gomp|iomp5|omp)[\w.-]*\.so[\w.]*)", maps)
+    found = re.search(r"(/[^\n]*/lib(?:gomp|iomp5|omp)[\w.-]*\.so[\w.]*)$", maps, re.MULTILINE)
     return found[1] if found else None

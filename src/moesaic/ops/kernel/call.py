@@ -80,7 +80,10 @@ def _run(name: str, job: _Job) -> None:
     if phases.listening():
         seconds = (ctypes.c_double * len(_PHASES))()
         job.seconds = ctypes.addressof(seconds)
-    if getattr(library, name)(ctypes.byref(job)):
+    failed = getattr(library, name)(ctypes.byref(job))
+    if failed == 2:
+        raise ValueError("The experts were given rows that point outside: to a token or a place that is not there.")
+    if failed:
         raise MemoryError("The experts' kernels found no memory for their buffers; free some, or use fewer threads.")
     if seconds is not None:
         for phase, taken in zip(_PHASES, seconds, strict=True):
@@ -90,7 +93,8 @@ def _run(name: str, job: _Job) -> None:
 def _sums(x_TD: Tensor) -> tuple[Tensor, Tensor]:
     """fp32 sums and the result in x's dtype, one tensor where that is fp32."""
     out_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
-    return (out_TD if x_TD.dtype == torch.float32 else torch.empty(x_TD.shape)), out_TD
+    # The dtype is named: the default one may be anything, and the kernels write floats.
+    return (out_TD if x_TD.dtype == torch.float32 else torch.empty_like(out_TD, dtype=torch.float32)), out_TD
 
 
 def forward(
@@ -143,7 +147,7 @@ def linear(x_MD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     assert library is not None
     rows, columns = x_MD.shape[0], weight.shape[0]
     y_MO = x_MD.new_empty(rows, columns)
-    sums = y_MO if x_MD.dtype == torch.float32 else torch.empty(rows, columns)
+    sums = y_MO if x_MD.dtype == torch.float32 else y_MO.new_empty(y_MO.shape, dtype=torch.float32)
     library.moesaic_linear(
         x_MD.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y_MO.data_ptr(), sums.data_ptr(),
         rows, weight.shape[1], columns, _TYPES[x_MD.dtype], _TYPES[weight.dtype], torch.get_num_threads(),
@@ -166,7 +170,7 @@ def group(expert_N: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """(order, inverse, counts) of a stable counting sort of int64 ids in [0, E]. Raises ``ValueError`` outside."""
     library = available().functions
     assert library is not None
-    expert_N = expert_N.contiguous()
+    expert_N = expert_N.to(torch.int64).contiguous()
     found = torch.empty_like(expert_N), torch.empty_like(expert_N), expert_N.new_empty(num_experts)
     addresses = [tensor.data_ptr() for tensor in found]
     failed = library.moesaic_group(expert_N.data_ptr(), expert_N.shape[0], num_experts, *addresses)

@@ -4,7 +4,6 @@
 // Work goes in waves of whole experts. In a wave, tasks (an expert's rows, cut evenly) run on any thread; then every thread adds
 // the wave's rows into its own columns of the result, in the order of the rows. So nothing of the size (rows x dim) is ever
 // stored, no two threads write one number, and the sums have one order whatever the number of threads.
-#include <omp.h>
 #include <time.h>
 #include "job.h"
 #include "product.h"
@@ -310,6 +309,7 @@ static int reserve(const call *c, int backward, int wide) {
 static int go(const job *j, int backward) {
   long E = j->experts, D = j->dim, H = j->hidden, T = j->tokens, width = H * (1 + j->gated);
   int threads = (int)most(1, j->threads);
+  if (!sound(j)) return 2;
   call c = {.j = j, .width = width};
   c.starts = malloc(sizeof(int64_t) * (E + 1 + 1));
   if (!c.starts) return 1;
@@ -333,16 +333,17 @@ static int go(const job *j, int backward) {
     if (backward) huge(j->dw_in, (size_t)wt * E * D * width), huge(j->dw_out, (size_t)wt * E * D * H);
   }
   double total[PHASES] = {0};
+  int short_of_memory = 0;  // not "failed": a thread that starts late must still come to the barrier
 #pragma omp parallel num_threads(threads) if (!failed)
   if (!failed) {
     int me = omp_get_thread_num(), all = omp_get_num_threads();
     long piece = up((D + all - 1) / all, LANES), from = least(D, piece * me), to = least(D, from + piece);
     if (!reserve(&c, backward, wide)) {
 #pragma omp atomic write
-      failed = 1;
+      short_of_memory = 1;
     }
 #pragma omp barrier
-    if (!failed) {
+    if (!short_of_memory) {
     double times[PHASES + 1] = {0}, *clock = j->seconds ? times : NULL;
     times[PHASES] = now();
     for (long t = 0; t < T && j->sum; t++)
@@ -388,7 +389,7 @@ static int go(const job *j, int backward) {
   }
   for (int p = 0; j->seconds && p < PHASES; p++) j->seconds[p] = total[p];
   free(c.starts), free(c.token), free(tasks), free(more);
-  return failed;
+  return failed || short_of_memory;
 }
 
 int moesaic_experts_forward(const job *j) { return go(j, 0); }

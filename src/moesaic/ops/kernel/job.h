@@ -1,8 +1,15 @@
 // One call of the experts' kernels: what Python fills in (ops/kernel/call.py mirrors it field by field), and memory for it.
 #pragma once
+#include <pthread.h>
 #include <stdlib.h>
 #if defined(__linux__)
 #include <sys/mman.h>
+#endif
+#if defined(_OPENMP)
+#include <omp.h>
+#else  // one thread; calls into a runtime would be left without a target
+#define omp_get_thread_num() 0
+#define omp_get_num_threads() 1
 #endif
 #include "vec.h"
 
@@ -27,16 +34,39 @@ INLINE long least(long a, long b) { return a < b ? a : b; }
 INLINE long most(long a, long b) { return a > b ? a : b; }
 INLINE long up(long a, long to) { return (a + to - 1) / to * to; }
 
+// Whether counts, order and tokens stay inside their tensors: whatever they say, nothing is read or written outside.
+static int sound(const job *j) {
+  int64_t placed = 0;
+  for (int64_t e = 0; e < j->experts; e++) {
+    if (j->counts[e] < 0 || j->counts[e] > j->rows - placed) return 0;
+    placed += j->counts[e];
+  }
+  for (int64_t i = 0; i < placed; i++) {
+    int64_t row = j->order[i];
+    if (row < 0 || row >= j->rows || j->token[row] < 0 || j->token[row] >= j->tokens) return 0;
+  }
+  return 1;
+}
+
 enum { PANELS_A, PANELS_B, ROW_BUFFER, WIDE, SHARED, SLOTS };
-typedef struct {  // of one thread; grows, stays
+typedef struct {  // of one thread; grows, stays until the thread ends
   char *at[SLOTS];
   size_t size[SLOTS];
 } workspace;
 static __thread workspace mine;
 
+static pthread_key_t ending;
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+static void give_back(void *p) {
+  for (int slot = 0; slot < SLOTS; slot++) free(((workspace *)p)->at[slot]);
+}
+static void watch_ending(void) { pthread_key_create(&ending, give_back); }
+
 static void *scratch(int slot, size_t size) {
   size += 4096;
   if (mine.size[slot] < size) {
+    pthread_once(&once, watch_ending);
+    pthread_setspecific(ending, &mine);
     free(mine.at[slot]);
     mine.at[slot] = NULL, mine.size[slot] = 0;
     size_t whole = (size + (2u << 20) - 1) & ~(size_t)((2u << 20) - 1);

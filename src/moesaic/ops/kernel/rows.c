@@ -1,6 +1,5 @@
 // What a few tokens need: products of one to a few rows with weights read once, straight from where they lie, at the speed of
 // memory; and grouping rows by expert.
-#include <omp.h>
 #include "job.h"
 
 #define FEW 8  // rows at most
@@ -240,12 +239,14 @@ static void activate_few(const job *j, const float *pre, float *hidden) {
 
 // The experts' forward for few rows (see experts.c for many): only chosen experts are read, each of their weights once.
 int moesaic_experts_few(const job *j) {
+  if (!sound(j)) return 2;
   long D = j->dim, H = j->hidden, W = H * (1 + j->gated), N = 0, pieces = 0, wide = size_of((int)j->w_type);
   for (long e = 0; e < j->experts; e++) N += j->counts[e];
-  float *pre = scratch(SHARED, sizeof(float) * N * (2 * D + W + H) + sizeof(piece) * N);
+  long floats = up(N * (2 * D + W + H), 16);
+  float *pre = scratch(SHARED, sizeof(float) * floats + sizeof(piece) * N);
   if (!pre) return 1;
   float *hidden = pre + N * W, *x = hidden + N * H, *y = x + N * D;
-  piece *list = (piece *)(y + N * D);
+  piece *list = (piece *)(pre + floats);
   for (long e = 0, at = 0; e < j->experts; at += j->counts[e++])
     for (long r = 0; r < j->counts[e]; r += FEW) list[pieces++] = (piece){e, at + r, (int)least(FEW, j->counts[e] - r)};
   int threads = (int)(N * D * W < 65536 ? 1 : j->threads);
