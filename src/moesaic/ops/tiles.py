@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from moesaic.ops.activations import apply_activation
+from moesaic.ops.activations import activation_backward, apply_activation
 from moesaic.ops.grouped import rows_times, transposed_times
 from moesaic.ops.kernel.call import Rows, Shape
 from moesaic.ops.phases import phase
@@ -83,11 +83,8 @@ def backward(
             g_MH = _product(dy_MD, w_out[expert].T)  # gradient of the hidden row before its weight
         with phase("activation"):
             weight_M1 = weight_N[natural_M][:, None]
-            with torch.enable_grad():
-                pre_MW = pre_NW[places].detach().requires_grad_()
-                hidden_MH = apply_activation(pre_MW, *shape)
-            (dpre_MW,) = torch.autograd.grad(hidden_MH, pre_MW, (g_MH * weight_M1).to(g_MH.dtype))
-            hidden_MH = hidden_MH.detach()
+            hidden_MH = apply_activation(pre_NW[places], *shape)
+            dpre_MW = activation_backward((g_MH * weight_M1).to(g_MH.dtype), pre_NW[places], *shape)
             dweight_N[natural_M] = (g_MH.to(weight_N.dtype) * hidden_MH).sum(dim=1)
         if dw_out is not None:
             with phase("products"):
