@@ -25,6 +25,7 @@ from moesaic.cost.count import count_parameters
 from moesaic.models.build import build_model
 from moesaic.models.config import ModelConfig, MoEConfig
 from moesaic.models.decoder import Decoder
+from moesaic.ops.pages import prefer_huge
 
 RELATIVE = 1e-4  # largest difference of fp32 logits, relative to the largest logit
 
@@ -43,7 +44,7 @@ def draw_decoder(config: ModelConfig, dtype: torch.dtype, seed: int = 0) -> Deco
         if config.tie_embeddings and name == "head.weight":
             drawn[name] = drawn["embedding.weight"]
             continue
-        tensor = torch.empty(shaped.shape, dtype=shaped.dtype)
+        tensor = prefer_huge(torch.empty(shaped.shape, dtype=shaped.dtype))  # as building and loading do
         if shaped.dim() == 1:
             tensor.fill_(1.0)  # gains of norms
         elif name.endswith(("embedding.weight", "gate.weight")):

@@ -35,6 +35,7 @@ from moesaic.errors import CheckpointError
 from moesaic.models.build import build_model
 from moesaic.models.config import ModelConfig
 from moesaic.models.decoder import Decoder
+from moesaic.ops.pages import prefer_huge
 
 FORMAT = "moesaic"
 VERSION = 1
@@ -160,7 +161,7 @@ def load_model(
     modules = model.state_dict(keep_vars=True)
     state: dict[str, torch.Tensor] = {}
     for saved, tensor in read_tensors(infos, device):
-        loaded, old = tensor.to(dtypes[saved]), modules[saved]
+        loaded, old = prefer_huge(tensor.to(dtypes[saved]), written=True), modules[saved]
         if isinstance(old, nn.Parameter):
             # One object under every tied name: separate Parameters over one memory would get separate gradients.
             loaded = nn.Parameter(loaded, requires_grad=old.requires_grad)

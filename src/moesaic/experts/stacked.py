@@ -9,6 +9,8 @@ Legend: N rows, E experts, D model width, H expert width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from moesaic.nn.linear import init_fan_in_
 from moesaic.nn.mlp import ACTIVATIONS, Activation, apply_activation
 from moesaic.ops.fused import Sources, as_they_are, experts_mlp
 from moesaic.ops.grouped import BACKENDS, Backend, grouped_mm
+from moesaic.ops.pages import prefer_huge
 
 
 class StackedExperts(nn.Module):
@@ -50,9 +53,19 @@ class StackedExperts(nn.Module):
         self.activation, self.gated = activation, gated
         self.backend: Backend = backend
         self.dropout = dropout
-        self.w_in = nn.Parameter(torch.empty(num_experts, dim, hidden * (2 if gated else 1)))
-        self.w_out = nn.Parameter(torch.empty(num_experts, hidden, dim))
+        self.w_in = nn.Parameter(prefer_huge(torch.empty(num_experts, dim, hidden * (2 if gated else 1))))
+        self.w_out = nn.Parameter(prefer_huge(torch.empty(num_experts, hidden, dim)))
         self.reset_parameters()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StackedExperts:
+        """Casts and moves make new tensors, whose pages are to be large again."""
+
+        def with_pages(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved is tensor else prefer_huge(moved, written=not tensor.is_meta)
+
+        applied: StackedExperts = super()._apply(with_pages, recurse)
+        return applied
 
     def reset_parameters(self, scale: float = 1.0, out_scale: float = 1.0) -> None:
         """Fan-in initialisation per expert, each from its own seed, so that a rank holding expert e draws the same values."""

@@ -89,10 +89,15 @@ class Attention(nn.Module):
                 k_BGSR, v_BGSR = k_BGSR.to(q_BHSR.dtype), v_BGSR.to(q_BHSR.dtype)
         mask = ctx.masks[self.window]
         grouped = self.num_kv_heads != self.num_heads
+        if grouped and S == 1:
+            # The queries of a group are rows over the same keys: one product each, where repeated heads cost 7 times as much.
+            q_BHSR, grouped = q_BHSR.reshape(B, self.num_kv_heads, -1, self.head_dim), False
         y_BHSR = F.scaled_dot_product_attention(
             q_BHSR, k_BGSR, v_BGSR, attn_mask=mask, is_causal=mask is None and S > 1, enable_gqa=grouped
         )
-        y: Tensor = self.wo(y_BHSR.transpose(1, 2).reshape(B, S, self.num_heads * self.head_dim))
+        if S > 1:
+            y_BHSR = y_BHSR.transpose(1, 2)  # with S = 1 heads are side by side already, grouped or not
+        y: Tensor = self.wo(y_BHSR.reshape(B, S, self.num_heads * self.head_dim))
         return y
 
 
