@@ -219,6 +219,8 @@ class CapacityRule:
     ) -> RoutingPlan:
         """Drop what this rule does not let through. Padding neither takes slots nor counts towards T.
 
+        With padding (and with factor "exact") slots depend on a number that a GPU must be waited for.
+
         Args:
             k: experts a token uses on average; None is the rows it owns, of which adaptive routers leave many empty.
             num_special: the last so many experts are zero-computation ones, to which ``tau`` gives more room.
