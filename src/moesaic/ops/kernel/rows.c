@@ -131,7 +131,7 @@ INLINE void some_dots(int m, int xt, int wt, const char *x, const char *w, long 
 int moesaic_linear(const void *x, const void *w, const float *bias, void *y, float *sums, int64_t m, int64_t in, int64_t out, int64_t x_type, int64_t w_type, int64_t threads) {
   if (m > FEW) return 2;
   float *to_sums = x_type == F32 ? y : sums;
-#pragma omp parallel num_threads((int)threads) if (in * out > 32768)
+#pragma omp parallel num_threads((int)threads) if (in * out > 400000)  // waking threads costs as much as reading half a MiB
   {
     int me = omp_get_thread_num(), all = omp_get_num_threads();
     long piece = up((out + all - 1) / all, 16), from = least(out, me * piece), to = least(out, from + piece);
