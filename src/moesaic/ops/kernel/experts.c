@@ -306,6 +306,10 @@ static int reserve(const call *c, int backward, int wide) {
   return panels_a(c, PLAIN) && panels_b(c, PLAIN) && scratch(ROW_BUFFER, buffer) && (!sums || scratch(WIDE, sums));
 }
 
+static long chunks_of(long rows, long threads) {
+  return rows > 2 * CHUNK ? up((rows + CHUNK - 1) / CHUNK, threads) : (rows + CHUNK - 1) / CHUNK;
+}
+
 static int go(const job *j, int backward) {
   long E = j->experts, D = j->dim, H = j->hidden, T = j->tokens, width = H * (1 + j->gated);
   int threads = (int)most(1, j->threads);
@@ -318,7 +322,7 @@ static int go(const job *j, int backward) {
   for (long e = 0; e < E; e++) {
     c.starts[e + 1] = c.starts[e] + j->counts[e];
     c.deepest = most(c.deepest, j->counts[e]);
-    chunks += (j->counts[e] + CHUNK - 1) / CHUNK;
+    chunks += chunks_of(j->counts[e], threads);
   }
   long rows = c.starts[E], wave_rows = most(2048, 512 * threads), biggest = least(rows, wave_rows + c.deepest);
   int wide = j->x_type == F32 ? 4 : 2, wt = j->w_type == F32 ? 4 : 2;
@@ -359,9 +363,11 @@ static int go(const job *j, int backward) {
         c.num = c.num_more = 0;
         c.first = first;
         for (long x = e; x < stop; x++) {
-          long n = j->counts[x], parts = (n + CHUNK - 1) / CHUNK;
+          // A busy expert is cut into as many parts for each thread as for any other. Columns of its weights' gradients
+          // are not cut below 128: each cut packs all of its rows again.
+          long n = j->counts[x], parts = chunks_of(n, threads);
           for (long p = 0; p < parts; p++) tasks[c.num++] = (task){x, c.starts[x] + n * p / parts, n * (p + 1) / parts - n * p / parts, 0, 1};
-          long pieces = n > 2 * CHUNK ? least(4 * all, (n + CHUNK - 1) / CHUNK) : 1;
+          long pieces = n > 2 * CHUNK ? most(1, least(threads, least(width, D) / 128)) : 1;
           for (long p = 0; backward && p < 2 * pieces; p++) more[c.num_more++] = (task){x, c.starts[x], n, p, pieces};
         }
       }

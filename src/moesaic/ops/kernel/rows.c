@@ -251,7 +251,7 @@ int moesaic_experts_few(const job *j) {
     for (long r = 0; r < j->counts[e]; r += FEW) list[pieces++] = (piece){e, at + r, (int)least(FEW, j->counts[e] - r)};
   int threads = (int)(N * D * W < 65536 ? 1 : j->threads);
   // Whole experts where there are enough of them, since long runs of memory are read fastest; else columns are shared out.
-  long parts = pieces >= 2 * threads ? 1 : (2 * threads + pieces - 1) / most(pieces, 1);
+  long parts = pieces >= 2 * threads || (pieces && pieces % threads == 0) ? 1 : (2 * threads + pieces - 1) / most(pieces, 1);
 #pragma omp parallel num_threads(threads)
   {
     int me = omp_get_thread_num(), all = omp_get_num_threads();
