@@ -107,6 +107,25 @@ def test_a_compiler_that_cannot_even_start(monkeypatch: pytest.MonkeyPatch, tmp_
     _no_kernel("failed")
 
 
+def test_a_compiler_that_does_not_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fresh: Path) -> None:
+    """The time limit ends it, and no compiler is left behind."""
+    says = f'case "$1" in --version) echo 1;; *) echo $$ >> {tmp_path}/pids; exec sleep 100;; esac'
+    monkeypatch.setenv("CC", _script(tmp_path / "endless", says))
+    communicate = subprocess.Popen.communicate
+
+    def hurried(self: Any, input: Any = None, timeout: float | None = None) -> Any:
+        return communicate(self, input, 1.0 if timeout == 300 else timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", hurried)
+    _no_kernel("timed out")
+    pids = (tmp_path / "pids").read_text().split()
+    assert len(pids) == 2
+    for pid in map(int, pids):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert list(fresh.iterdir()) == []
+
+
 @needs_compiler
 def test_a_library_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:

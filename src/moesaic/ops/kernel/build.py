@@ -227,7 +227,12 @@ def _compile(compiler: list[str], isa: str, threaded: bool, folder: Path, name: 
             command = [*compiler, *flags, "-c", str(here / source), "-o", objects[-1]]
             streams: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
             running.append(subprocess.Popen(command, text=True, errors="replace", **streams))
-        errors = [process.communicate(timeout=300)[1] for process in running]
+        try:
+            errors = [process.communicate(timeout=300)[1] for process in running]
+        finally:  # on a time limit or an interrupt, nobody waits for them any more
+            for process in running:
+                with process:  # waits, and closes its pipe
+                    process.terminate()
         for process, error in zip(running, errors, strict=True):
             if process.returncode:
                 raise subprocess.CalledProcessError(process.returncode, process.args, stderr=error)
