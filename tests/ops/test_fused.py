@@ -17,6 +17,10 @@ from tests.ops.experts_by_hand import Batch, assert_close, call, run, some_batch
 from tests.ops.kernels import BACKENDS, every_back_end, id_of, using
 
 
+# The first test of an instruction set may have to compile it, on a machine that has other things to do.
+pytestmark = pytest.mark.timeout(600)
+
+
 @pytest.fixture(params=every_back_end(), ids=id_of)
 def kind(request: Any) -> Iterator[tuple[str, torch.dtype, torch.dtype]]:
     """(back end, dtype of tokens, dtype of weights), with its instruction set in use."""

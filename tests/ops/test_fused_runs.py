@@ -21,6 +21,9 @@ from moesaic.ops.permute import group_rows
 from tests.ops.experts_by_hand import Batch, call, run, some_batch
 from tests.ops.kernels import BACKENDS, ISAS, KERNELS, needs_compiler, using
 
+# The first test of an instruction set may have to compile it, on a machine that has other things to do.
+pytestmark = pytest.mark.timeout(600)
+
 DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]
 
 

@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from moesaic.ops.linear import linear
 from tests.ops.kernels import BACKENDS, using
 
+# The first test of an instruction set may have to compile it, on a machine that has other things to do.
+pytestmark = pytest.mark.timeout(600)
+
 DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]
 OTHERS = [(torch.float64, torch.float64), (torch.float16, torch.float16), (torch.float32, torch.bfloat16)]
 # fp32: another order of sums. bf16: one rounding of the result (2^-9) where weights are not rounded, products by PyTorch's
