@@ -161,8 +161,8 @@ def _renamed(model: Decoder) -> Iterator[tuple[str, Tensor]]:
 
 
 def _copy(tensor: Tensor, dtype: torch.dtype) -> nn.Parameter:
-    """A contiguous copy: the weights of two models must not share memory, or caches would help both."""
-    return nn.Parameter(torch.empty(tensor.shape, dtype=dtype).copy_(tensor.detach()))
+    """A contiguous copy: the weights of two models must not share memory, or caches would help both. Both get large pages."""
+    return nn.Parameter(prefer_huge(torch.empty(tensor.shape, dtype=dtype)).copy_(tensor.detach()))
 
 
 @torch.inference_mode()

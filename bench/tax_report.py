@@ -139,6 +139,11 @@ def targets(rows: Sequence[Row]) -> list[dict[str, Any]]:
         [_tax(row) for row in _where(rows, tokens=T, mode="fw", load="balanced") if row["shape"] in ALL_SHAPES]
         for T in (1, 16)
     )
+    single = [
+        row["tax_fastest_dense"]["median"]
+        for row in _where(rows, tokens=1, mode="fw", load="balanced")
+        if row["shape"] in ALL_SHAPES
+    ]
     split = [row["split"] for row in even if row["shape"] == TARGET_SHAPES[0] and "split" in row]
     small = [_share(one, "router", "grouping", "combine") for one in split if {"grouping", "combine"} <= one.keys()]
     around = [1 - _share(one, "products", "activation") for one in split if "products" in one]
@@ -154,6 +159,7 @@ def targets(rows: Sequence[Row]) -> list[dict[str, Any]]:
         _target(3, "router + grouping + combine, share of fw+bw, highest", small, 2, "<= 0.05", max),
         _target(3, "all but products and activation, share of fw+bw, highest", around, 2, None, max),
         _target(4, "decode tax at T=1, highest", decode, 8, "<= 1.30", max),
+        _target(4, "the same against the faster of two dense twins, highest", single, 8, None, max),
         _target(4, "tax at T=16, highest", sixteen, 8, None, max),
     ]
 

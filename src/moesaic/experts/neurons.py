@@ -94,7 +94,6 @@ class _Dots(torch.autograd.Function):
         return torch.where(inside_N, (at_least_fp32(x_ND) * u_ED[row_N]).sum(dim=1), 0.0)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, u_ED, row_N, inside_N = ctx.saved_tensors
         grad_N1 = torch.where(inside_N, grad_N, 0.0)[:, None]
@@ -117,7 +116,6 @@ class _Outputs(torch.autograd.Function):
         return torch.where(inside_N[:, None], hidden_N[:, None] * v_ED[row_N], 0.0)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
         hidden_N, v_ED, row_N, inside_N = ctx.saved_tensors
         grad_ND = torch.where(inside_N[:, None], grad_ND, 0.0)

@@ -4,11 +4,13 @@
 >>> y_TD = experts_mlp(x_TD, w_in, w_out, grouping.counts_E, Sources(token_N, weight_N, grouping.order_N))
 
 Two back ends of one meaning, for any plan: "kernel" (C, ``ops/kernel/``: fp32 and bf16 on the processor) and "tiles" (PyTorch
-alone, expert by expert in small buffers; any float dtype, any device). Neither stores anything of the size (rows, dim):
-backward keeps x and the products before the activation, recomputes the cheap rest, and gets the gradient of a row's weight from
-``<dy W_out^T, h>`` instead of from the row's output (as SonicMoE does). Sums over a token's experts run in fp32.
+alone, expert by expert in small buffers; any float dtype, any device). Neither stores anything of the size (rows, dim), except
+for an expert that takes them all. Backward keeps x and the products before the activation, recomputes the cheap rest, and gets
+the gradient of a row's weight from ``<dy W_out^T, h>`` instead of from the row's output (as SonicMoE does). Sums over a token's
+experts run in fp32.
 
-Under ``torch.compile`` both are one opaque operator each way.
+Under ``torch.compile`` both are one opaque operator each way, which always keeps what backward needs and computes all
+gradients. First derivatives only; a second one raises.
 
 Legend: T tokens, N rows, E experts, D model width, H expert width, W columns of ``w_in`` (2H gated, H plain).
 """
@@ -20,7 +22,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from moesaic.errors import ConfigError
 from moesaic.ops import tiles
+from moesaic.ops.first_order import first_order
 from moesaic.ops.kernel import call as kernel
 from moesaic.ops.kernel.build import has_amx
 from moesaic.ops.kernel.call import Rows, Shape
@@ -55,7 +59,10 @@ def pick_fused(x_TD: Tensor, w_in: Tensor, rows: int) -> FusedBackend:
     """
     if not kernel.usable(x_TD, w_in):
         return "tiles"
-    if x_TD.dtype == torch.bfloat16 and has_amx() and rows >= 16 * w_in.shape[0]:
+    many = rows >= 16 * w_in.shape[0]
+    if many and not kernel.threaded() and torch.get_num_threads() > 1:
+        return "tiles"  # PyTorch's products on all cores beat the kernel on one
+    if x_TD.dtype == torch.bfloat16 and has_amx() and many:
         return "tiles"
     return "kernel"
 
@@ -79,9 +86,17 @@ def experts_mlp(
         sources: of the rows.
 
     Returns (T, D) in ``x``'s dtype; tokens without rows get zeros, experts without rows a zero gradient. Raises
-    ``ValueError`` on mismatched shapes.
+    ``ValueError`` on mismatched shapes and ``ConfigError`` for a kernel that cannot be.
     """
     token_N, weight_N, order_N = _checked(x_TD, w_in, w_out, counts_E, sources, gated)
+    if backend == "kernel" and not (kernel.takes(x_TD.dtype) and x_TD.device.type == "cpu" and kernel.loaded()):
+        raise ConfigError(
+            f'backend="kernel" computes fp32 and bf16 on the processor, with a C compiler; here it has {x_TD.dtype} on '
+            f"{x_TD.device.type}, and the kernel {'is there' if kernel.loaded() else 'is not'} (`moesaic doctor` says "
+            'why). Use backend="auto".'
+        )
+    if backend == "kernel" and not kernel.usable(x_TD, w_in):
+        backend = "tiles"  # tensors that C cannot read: traced, counted, transformed
     backend = backend or pick_fused(x_TD, w_in, token_N.shape[0])
     if backend == "tiles" or w_in.dtype not in (x_TD.dtype, torch.float32) or w_out.dtype != w_in.dtype:
         w_in, w_out = w_in.to(x_TD.dtype), w_out.to(x_TD.dtype)
@@ -143,7 +158,7 @@ class _Experts(torch.autograd.Function):
         return y_TD
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, pre_NW = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]

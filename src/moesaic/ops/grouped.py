@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.ops import reference
+from moesaic.ops.first_order import first_order
 
 # "kernel" and "tiles" are back ends of whole experts (ops/fused.py); for a product alone they mean "auto".
 Backend = Literal["auto", "kernel", "tiles", "loop", "grouped_mm", "reference"]
@@ -142,7 +143,7 @@ class _Loop(torch.autograd.Function):
         return _loop(x_ND, w_EDH, ctx.counts)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad_NH: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, w_EDH = ctx.saved_tensors
         return *_loop_backward(grad_NH, x_ND, w_EDH, ctx.counts, *ctx.needs_input_grad[:2]), None

@@ -16,12 +16,12 @@ from moesaic.ops.kernel import call as kernel
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(..., in) to (..., out) in ``x``'s dtype; weight (out, in) and bias (out,) of any float dtype, cast at use."""
     if (
-        x.numel() <= kernel.FEW_ROWS * x.shape[-1]
+        kernel.usable(x, weight)  # first: under tracing even a comparison of sizes is recorded
+        and x.numel() <= kernel.FEW_ROWS * x.shape[-1]
         and not (torch.is_grad_enabled() and _needs_gradient(x, weight, bias))
         and not torch.compiler.is_compiling()
         and x.numel()
         and x.shape[-1] == weight.shape[-1]  # otherwise the refusal is PyTorch's
-        and kernel.usable(x, weight)
     ):
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         y = kernel.linear(rows, weight.contiguous(), None if bias is None else bias.float().contiguous())

@@ -31,7 +31,7 @@ class Grouping(NamedTuple):
 
 def group_rows(expert_N: Tensor, num_experts: int) -> Grouping:
     """Stable grouping of rows by expert id in [0, E]; E sorts last and is not counted. No host synchronisation."""
-    if expert_N.device.type == "cpu" and not torch.compiler.is_compiling() and kernel.loaded():
+    if not torch.compiler.is_compiling() and kernel.plain(expert_N):
         return Grouping(*kernel.group(expert_N, num_experts))
     sorted_N, order_N = torch.sort(expert_N, stable=True)
     places_N = torch.arange(len(order_N), device=order_N.device)

@@ -17,11 +17,10 @@ def top_k(scores_TE: Tensor, k: int) -> Tensor:
     scores_TE = scores_TE.detach()
     if (
         scores_TE.dtype == torch.float32
-        and scores_TE.device.type == "cpu"
         and scores_TE.dim() == 2
         and 0 < k <= min(kernel.MOST_OF_TOP, scores_TE.shape[1])
         and not torch.compiler.is_compiling()
-        and kernel.loaded()
+        and kernel.plain(scores_TE)
     ):
         return kernel.top(scores_TE, k)
     return torch.sort(scores_TE, dim=-1, descending=True, stable=True).indices[..., :k]

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moesaic.data.packing import IGNORE
 
@@ -35,9 +34,13 @@ class _CrossEntropy(torch.autograd.Function):
         return torch.cat([_block(*block) for block in zip(logits_TV.split(rows), targets_T.split(rows), strict=True)])
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None]:
         logits_TV, targets_T = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody wants second derivatives: in one differentiable piece
+            chosen_TV = torch.zeros_like(logits_TV, dtype=torch.float32)
+            chosen_TV.scatter_(1, targets_T.clamp(min=0)[:, None], 1.0)
+            weight_T1 = torch.where(targets_T == IGNORE, 0.0, grad_T)[:, None]
+            return ((logits_TV.float().softmax(dim=1) - chosen_TV) * weight_T1).to(logits_TV.dtype), None
         grad_TV, rows = torch.empty_like(logits_TV), _rows(logits_TV)
         tensors = (logits_TV, targets_T, grad_T, grad_TV)
         for logits_BV, targets_B, grad_B, out_BV in zip(*(t.split(rows) for t in tensors), strict=True):

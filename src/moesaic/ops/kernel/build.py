@@ -92,7 +92,7 @@ def available() -> Library:
     global _chosen
     if _chosen is None:
         with _lock:
-            _chosen = _available(os.environ.get("MOESAIC_KERNEL", "auto"))
+            _chosen = _available((os.environ.get("MOESAIC_KERNEL") or "auto").lower())
     return _chosen
 
 
@@ -116,8 +116,7 @@ def _available(wish: str) -> Library:
     if compiler is None:
         return Library(None, None, False, "no C compiler was found (cc, gcc or clang); install one for faster experts")
     try:
-        path, threaded = compiled(compiler, isa)
-        functions = ctypes.CDLL(str(path))
+        functions, threaded = compiled(compiler, isa)
     except (OSError, subprocess.SubprocessError) as error:
         return Library(None, None, False, f"compiling with {shlex.join(compiler)} failed: {_last_line(error)}")
     _declare(functions)
@@ -154,25 +153,29 @@ def find_compiler() -> list[str] | None:
 def cache_folder() -> Path:
     """Where libraries are kept; the user's own folder beside temporary files where the cache cannot be written."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = Path(home) / "moesaic" / "kernels"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
+    folders = [Path(home) / "moesaic" / "kernels"]
     if hasattr(os, "getuid"):
-        folder = Path(tempfile.gettempdir()) / f"moesaic-kernels-{os.getuid()}"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        facts = folder.lstat()
-        # Anybody may have made a folder of this name there, and what is in it gets loaded.
-        if stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid() and not facts.st_mode & 0o022:
-            return folder
+        folders.append(Path(tempfile.gettempdir()) / f"moesaic-kernels-{os.getuid()}")
+    for folder in folders:
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if _own(folder) and os.access(folder, os.W_OK):
+                return folder
+        except OSError:
+            continue
     return Path(tempfile.mkdtemp(prefix="moesaic-kernels-"))
 
 
-def compiled(compiler: list[str], isa: str) -> tuple[Path, bool]:
-    """Path of the library and whether it has threads, from the cache or compiled now.
+def _own(path: Path) -> bool:
+    """Whether nobody else could have put this here: what lies in it gets loaded."""
+    if not hasattr(os, "getuid"):
+        return True
+    facts = path.lstat()
+    return not stat.S_ISLNK(facts.st_mode) and facts.st_uid == os.getuid() and not facts.st_mode & 0o022
+
+
+def compiled(compiler: list[str], isa: str) -> tuple[ctypes.CDLL, bool]:
+    """The library and whether it has threads, from the cache or compiled now.
 
     Raises ``subprocess.SubprocessError`` or ``OSError`` when the compiler cannot.
     """
@@ -186,17 +189,15 @@ def compiled(compiler: list[str], isa: str) -> tuple[Path, bool]:
     for threaded in (True, False) if runtime else (False,):
         name = f"{isa}-{digest}-{'threads' if threaded else 'single'}"
         path = next(filter(_whole, sorted(folder.glob(f"{name}-*.so"))), None)
-        if path is None:
-            try:
-                path = _compile(compiler, isa, threaded, folder, name)
-            except subprocess.CalledProcessError:
-                if threaded:
-                    continue  # a compiler without OpenMP: one thread is better than none
+        try:
+            if threaded and runtime:
+                # The library names no OpenMP runtime of its own: its symbols are found in the one made global here.
+                ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
+            return ctypes.CDLL(str(path or _compile(compiler, isa, threaded, folder, name))), threaded
+        except (subprocess.CalledProcessError, OSError):
+            # A compiler without OpenMP, or with another one than PyTorch's: one thread is better than none.
+            if not threaded:
                 raise
-        if threaded and runtime:
-            # The library names no OpenMP runtime of its own: its symbols are found in the one made global here.
-            ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
-        return path, threaded
     raise OSError("no library was made")
 
 
@@ -205,8 +206,8 @@ def _hash(path: Path) -> str:
 
 
 def _whole(path: Path) -> bool:
-    """Whether the library's content is what its name says."""
-    return path.stem.endswith(f"-{_hash(path)}")
+    """Whether the library is ours and its content what its name says."""
+    return _own(path) and path.stem.endswith(f"-{_hash(path)}")
 
 
 def _say(command: list[str], timeout: float) -> str:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from moesaic.ops import phases
 from moesaic.ops.kernel.build import available
@@ -18,6 +19,7 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "squared_relu": 4}
 FEW_ROWS = 8  # of the busiest expert, up to which weights are read where they lie instead of being packed
 MOST_OF_TOP = 64
+_KEPT_SUMS = 16 << 20  # numbers; 64 MiB
 _PHASES = ("gather", "products", "activation", "combine", "wait")
 
 
@@ -53,15 +55,41 @@ def loaded() -> bool:
     return available().functions is not None
 
 
-def usable(x_TD: Tensor, w_in: Tensor) -> bool:
-    """Whether the kernels take these tensors: on the processor, fp32 or bf16, weights in the same dtype or fp32."""
+@torch.compiler.assume_constant_result
+def threaded() -> bool:
+    """Whether the kernels use all of torch's threads."""
+    return available().threaded
+
+
+def takes(dtype: torch.dtype) -> bool:
+    """Whether the kernels compute in this dtype."""
+    return dtype in _TYPES
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def plain(*tensors: Tensor) -> bool:
+    """Whether C may read these: tensors of the processor's memory that nobody watches or stands in for.
+
+    Fake tensors, tracing, dispatch modes (FLOP counters), functorch's transforms and forward-mode tangents need operators that
+    PyTorch knows.
+    """
+    if torch.compiler.is_compiling():
+        return all(tensor.device.type == "cpu" for tensor in tensors) and loaded()
     return (
-        x_TD.device.type == "cpu"
-        and w_in.device.type == "cpu"
-        and x_TD.dtype in _TYPES
-        and w_in.dtype in (x_TD.dtype, torch.float32)
+        all(type(tensor) in _PLAIN and tensor.device.type == "cpu" for tensor in tensors)
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._get_tracing_state() is None
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
         and loaded()
     )
+
+
+def usable(x_TD: Tensor, w_in: Tensor) -> bool:
+    """Whether the kernels take these tensors: plain, fp32 or bf16, weights in the same dtype or fp32."""
+    return x_TD.dtype in _TYPES and w_in.dtype in (x_TD.dtype, torch.float32) and plain(x_TD, w_in)
 
 
 def _job(x_TD: Tensor, w_in: Tensor, w_out: Tensor, weight_N: Tensor, rows: Rows, shape: Shape) -> _Job:
@@ -90,11 +118,15 @@ def _run(name: str, job: _Job) -> None:
             phases.add(phase, taken)
 
 
-def _sums(x_TD: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 sums and the result in x's dtype, one tensor where that is fp32."""
+def _result(job: _Job, x_TD: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The result in x's dtype and, where its fp32 sums are too large to be kept by the kernel, memory for them."""
     out_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
-    # The dtype is named: the default one may be anything, and the kernels write floats.
-    return (out_TD if x_TD.dtype == torch.float32 else torch.empty_like(out_TD, dtype=torch.float32)), out_TD
+    job.out = out_TD.data_ptr()
+    if x_TD.dtype == torch.float32 or x_TD.numel() <= _KEPT_SUMS:
+        return out_TD, None
+    sum_TD = x_TD.new_empty(x_TD.shape, dtype=torch.float32)
+    job.sum = sum_TD.data_ptr()
+    return out_TD, sum_TD
 
 
 def forward(
@@ -106,8 +138,7 @@ def forward(
     All tensors contiguous; ``weight_N`` fp32, indices int64.
     """
     job = _job(x_TD, w_in, w_out, weight_N, rows, shape)
-    sum_TD, out_TD = _sums(x_TD)
-    job.sum, job.out = sum_TD.data_ptr(), out_TD.data_ptr()
+    out_TD, _sums_TD = _result(job, x_TD)  # named, so that the sums outlive the call
     pre_NW = None
     if keep:
         pre_NW = x_TD.new_empty(rows.token_N.shape[0], w_in.shape[2])
@@ -124,10 +155,9 @@ def backward(
     """Gradients of x, w_in, w_out and weight_N, each None where ``needs`` says so."""
     job = _job(x_TD, w_in, w_out, weight_N, rows, shape)
     job.dy, job.pre = dy_TD.data_ptr(), pre_NW.data_ptr()
-    out_TD = dw_in = dw_out = dweight_N = None
+    out_TD = _sums_TD = dw_in = dw_out = dweight_N = None
     if needs[0]:
-        sum_TD, out_TD = _sums(x_TD)
-        job.sum, job.out = sum_TD.data_ptr(), out_TD.data_ptr()
+        out_TD, _sums_TD = _result(job, x_TD)
     if needs[1]:
         dw_in = torch.empty_like(w_in)
         job.dw_in = dw_in.data_ptr()
@@ -160,7 +190,7 @@ def top(scores_TE: Tensor, k: int) -> Tensor:
     library = available().functions
     assert library is not None
     scores_TE = scores_TE.contiguous()
-    best_TK = torch.empty(scores_TE.shape[0], k, dtype=torch.int64)
+    best_TK = scores_TE.new_empty(scores_TE.shape[0], k, dtype=torch.int64)
     failed = library.moesaic_top(scores_TE.data_ptr(), *scores_TE.shape, k, best_TK.data_ptr(), torch.get_num_threads())
     assert not failed
     return best_TK

@@ -2,9 +2,8 @@
 // weighted sum, in buffers that stay in cache.
 //
 // Work goes in waves of whole experts. In a wave, tasks (an expert's rows, cut evenly) run on any thread; then every thread adds
-// the wave's rows into its own columns of the result, in the order of the rows. So nothing of the size (rows x dim) is ever
-// stored, no two threads write one number, and the sums have one order whatever the number of threads.
-#include <time.h>
+// the wave's rows into its own columns of the result, in the order of the rows. So nothing of the size (rows x dim) is
+// stored (but for an expert that takes them all), no two threads write one number, and the sums have one order whatever the number of threads.
 #include "job.h"
 #include "product.h"
 
@@ -23,13 +22,6 @@ static void huge(void *p, size_t size) {
   (void)p, (void)size;
 #endif
 }
-
-static double now(void) {
-  struct timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return t.tv_sec + 1e-9 * t.tv_nsec;
-}
-#define TICK(phase) if (clock) { double t_ = now(); clock[phase] += t_ - clock[PHASES]; clock[PHASES] = t_; }
 
 // ---- one product on one thread --------------------------------------------------------------------------------------------
 
@@ -292,6 +284,8 @@ static void add_rows(const call *c, long end, long from, long to, int weighted) 
     float w = weighted ? j->weight[j->order[i]] : 1.0f;
     const float *row = c->wave + (i - c->first) * j->dim;
     float *sum = j->sum + c->token[i] * j->dim;
+    if (i + 1 < end)  // tokens lie anywhere: the next one's sums are asked for while this one's are added to
+      for (long d = from; d < to; d += 16) __builtin_prefetch(j->sum + c->token[i + 1] * j->dim + d, 1, 3);
     long d = from;
     for (; d + LANES <= to; d += LANES) store(sum + d, load(sum + d) + load(row + d) * w);
     for (; d < to; d++) sum[d] += row[d] * w;
@@ -310,10 +304,13 @@ static long chunks_of(long rows, long threads) {
   return rows > 2 * CHUNK ? up((rows + CHUNK - 1) / CHUNK, threads) : (rows + CHUNK - 1) / CHUNK;
 }
 
-static int go(const job *j, int backward) {
+static int go(const job *given, int backward) {
+  job found = *given;
+  const job *j = &found;
   long E = j->experts, D = j->dim, H = j->hidden, T = j->tokens, width = H * (1 + j->gated);
   int threads = (int)most(1, j->threads);
   if (!sound(j)) return 2;
+  if (!find_sums(&found)) return 1;
   call c = {.j = j, .width = width};
   c.starts = malloc(sizeof(int64_t) * (E + 1 + 1));
   if (!c.starts) return 1;
@@ -336,7 +333,6 @@ static int go(const job *j, int backward) {
     if (j->pre && !backward) huge(j->pre, (size_t)wide * rows * width);
     if (backward) huge(j->dw_in, (size_t)wt * E * D * width), huge(j->dw_out, (size_t)wt * E * D * H);
   }
-  double total[PHASES] = {0};
   int short_of_memory = 0;  // not "failed": a thread that starts late must still come to the barrier
 #pragma omp parallel num_threads(threads) if (!failed)
   if (!failed) {
@@ -388,17 +384,13 @@ static int go(const job *j, int backward) {
         for (; d < to; d++) ((bf16 *)j->out)[t * D + d] = to_bf16_1(j->sum[t * D + d]);
       }
     TICK(COMBINE)
-    if (clock)
-#pragma omp critical
-      for (int p = 0; p < PHASES; p++) total[p] += times[p] / all;
+    report(j, clock, all);
     }
   }
-  for (int p = 0; j->seconds && p < PHASES; p++) j->seconds[p] = total[p];
   free(c.starts), free(c.token), free(tasks), free(more);
+  if (mine.size[SHARED] > KEPT) release(SHARED);
   return failed || short_of_memory;
 }
 
 int moesaic_experts_forward(const job *j) { return go(j, 0); }
 int moesaic_experts_backward(const job *j) { return go(j, 1); }
-int moesaic_lanes(void) { return LANES; }
-int moesaic_has_dot(void) { return HAVE_DOT; }

@@ -2,6 +2,7 @@
 #pragma once
 #include <pthread.h>
 #include <stdlib.h>
+#include <time.h>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -22,8 +23,8 @@ typedef struct {
   const int64_t *token, *order, *counts;  // of each natural row; natural row at each grouped place; rows per expert
   const float *weight;                    // of each natural row
   void *pre;                              // (rows, width) x_type, products before the activation, kept for backward; or NULL
-  float *sum;                             // (tokens, dim) sums: y forwards, gradient of x backwards
-  void *out;                              // (tokens, dim) x_type: where the sums go; the same place as sum in fp32
+  float *sum;                             // (tokens, dim) sums: y forwards, gradient of x backwards; NULL: memory found here
+  void *out;                              // (tokens, dim) x_type: where the sums go, or NULL if nobody wants them
   const void *dy;                         // (tokens, dim) x_type
   void *dw_in, *dw_out;                   // gradients in w_type, or NULL
   float *dweight;                         // (rows,) natural order, or NULL
@@ -48,7 +49,7 @@ static int sound(const job *j) {
   return 1;
 }
 
-enum { PANELS_A, PANELS_B, ROW_BUFFER, WIDE, SHARED, SLOTS };
+enum { PANELS_A, PANELS_B, ROW_BUFFER, WIDE, SHARED, SUMS, SLOTS };
 typedef struct {  // of one thread; grows, stays until the thread ends
   char *at[SLOTS];
   size_t size[SLOTS];
@@ -62,13 +63,18 @@ static void give_back(void *p) {
 }
 static void watch_ending(void) { pthread_key_create(&ending, give_back); }
 
+#define KEPT (64u << 20)  // bytes of shared memory beyond which it is given back after a call
+static void release(int slot) {
+  free(mine.at[slot]);
+  mine.at[slot] = NULL, mine.size[slot] = 0;
+}
+
 static void *scratch(int slot, size_t size) {
   size += 4096;
   if (mine.size[slot] < size) {
     pthread_once(&once, watch_ending);
     pthread_setspecific(ending, &mine);
-    free(mine.at[slot]);
-    mine.at[slot] = NULL, mine.size[slot] = 0;
+    release(slot);
     size_t whole = (size + (2u << 20) - 1) & ~(size_t)((2u << 20) - 1);
     void *p = NULL;
     if (posix_memalign(&p, 2u << 20, whole)) return NULL;
@@ -78,4 +84,26 @@ static void *scratch(int slot, size_t size) {
     mine.at[slot] = p, mine.size[slot] = whole;
   }
   return mine.at[slot];
+}
+
+static double now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec + 1e-9 * t.tv_nsec;
+}
+#define TICK(phase) if (clock) { double t_ = now(); clock[phase] += t_ - clock[PHASES]; clock[PHASES] = t_; }
+
+// Add one thread's share to the mean over threads. To be called by each of them, once.
+static void report(const job *j, const double *clock, int threads) {
+  if (clock)
+#pragma omp critical
+    for (int p = 0; p < PHASES; p++) j->seconds[p] += clock[p] / threads;
+}
+
+// Where sums are made: in the result itself where that is fp32, else in memory that stays, since fresh memory costs more than the sums.
+static int find_sums(job *j) {
+  if (!j->out) { j->sum = NULL; return 1; }
+  if (j->x_type == F32) j->sum = j->out;
+  else if (!j->sum) j->sum = scratch(SUMS, sizeof(float) * j->tokens * j->dim);
+  return j->sum != NULL;
 }

@@ -51,6 +51,12 @@ INLINE uint32_t word_along(int type, int word, const void *p, long i, long end) 
 INLINE vu words_across(int type, int word, const void *p, const void *q, long i) {
   if (word != DOT) return words_along(type, word, p, i);
   if (type == BF16) return widen(*(const vh_u *)((const bf16 *)p + i)) | (widen(*(const vh_u *)((const bf16 *)q + i)) << 16);
+#if HAVE_DOT
+  static const uint16_t interleave[32] __attribute__((aligned(64))) = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  __m512bh both = _mm512_cvtne2ps_pbh((__m512)load((const float *)q + i), (__m512)load((const float *)p + i));
+  return (vu)_mm512_permutexvar_epi16(*(const __m512i *)interleave, (__m512i)both);
+#endif
   return (round_bf16(load((const float *)p + i)) >> 16) | round_bf16(load((const float *)q + i));
 }
 INLINE uint32_t word_across(int type, int word, const void *p, const void *q, long i) {
@@ -67,8 +73,6 @@ typedef struct {  // rows of a matrix: row r is base + (index ? index[r] : r) * 
 INLINE const void *row_of(const matrix *m, int type, long r) {
   return (const char *)m->base + (m->index ? m->index[r] : r) * m->stride * size_of(type);
 }
-
-static const uint32_t zeros[16384] __attribute__((aligned(64)));  // a row that is not there
 
 // Panels of columns col .. end (at most "all" of the matrix), words running down K = rows. Panel n is at dst + n * words(rows) * panel.
 // Row by row over all panels, so that memory is read in long runs even where rows are scattered.
@@ -95,19 +99,27 @@ INLINE void pack_down(uint32_t *dst, int panel, const matrix *m, int type, int w
 
 INLINE void transpose(vu v[LANES]) {
 #if LANES == 16
-#define STAGE(S, LO, HI)                                                       \
-  for (int i = 0; i < 16; i++)                                                 \
-    if (!(i & S)) {                                                            \
-      vu a = v[i], b = v[i + S];                                               \
-      v[i] = __builtin_shuffle(a, b, (vu)LO), v[i + S] = __builtin_shuffle(a, b, (vu)HI); \
+// Halves, quarters, pairs and words change places between rows i and i + S. (Shuffles are spelt differently by the compilers.)
+#if defined(__clang__)
+#define SHUFFLE(A, B, ...) __builtin_shufflevector(A, B, __VA_ARGS__)
+#else
+#define SHUFFLE(A, B, ...) __builtin_shuffle(A, B, (vu){__VA_ARGS__})
+#endif
+#define STAGE(S, LOW, HIGH)                            \
+  for (int i = 0; i < 16; i++)                         \
+    if (!(i & S)) {                                    \
+      vu a = v[i], b = v[i + S];                       \
+      v[i] = SHUFFLE(a, b, LOW), v[i + S] = SHUFFLE(a, b, HIGH); \
     }
-#define P(...) {__VA_ARGS__}
-  static const vu lo8 = P(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23), hi8 = P(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  static const vu lo4 = P(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27), hi4 = P(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-  static const vu lo2 = P(0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29), hi2 = P(2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  static const vu lo1 = P(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30), hi1 = P(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-  STAGE(8, lo8, hi8) STAGE(4, lo4, hi4) STAGE(2, lo2, hi2) STAGE(1, lo1, hi1)
-#undef P
+#define LOW8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
+#define HIGH8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
+#define LOW4 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27
+#define HIGH4 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
+#define LOW2 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
+#define HIGH2 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
+#define LOW1 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
+#define HIGH1 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
+  STAGE(8, LOW8, HIGH8) STAGE(4, LOW4, HIGH4) STAGE(2, LOW2, HIGH2) STAGE(1, LOW1, HIGH1)
 #undef STAGE
 #else
   vu t[LANES];

@@ -238,7 +238,10 @@ static void activate_few(const job *j, const float *pre, float *hidden) {
 }
 
 // The experts' forward for few rows (see experts.c for many): only chosen experts are read, each of their weights once.
-int moesaic_experts_few(const job *j) {
+int moesaic_experts_few(const job *given) {
+  job found = *given;
+  const job *j = &found;
+  if (!find_sums(&found)) return 1;
   if (!sound(j)) return 2;
   long D = j->dim, H = j->hidden, W = H * (1 + j->gated), N = 0, pieces = 0, wide = size_of((int)j->w_type);
   for (long e = 0; e < j->experts; e++) N += j->counts[e];
@@ -255,6 +258,8 @@ int moesaic_experts_few(const job *j) {
 #pragma omp parallel num_threads(threads)
   {
     int me = omp_get_thread_num(), all = omp_get_num_threads();
+    double times[PHASES + 1] = {0}, *clock = j->seconds ? times : NULL;
+    times[PHASES] = now();
 #pragma omp for schedule(dynamic, 1)
     for (long p = 0; p < pieces * parts; p++) {
       piece q = list[p / parts];
@@ -266,29 +271,39 @@ int moesaic_experts_few(const job *j) {
         if (parts == 1 || p % parts == 0) { if (j->x_type == F32) memcpy(xq + r * D, row, sizeof(float) * D); else for (long d = 0; d < D; d++) xq[r * D + d] = from_bf16_1(((const bf16 *)row)[d]); }
         memset(preq + r * W + from, 0, sizeof(float) * (to - from));
       }
+      TICK(GATHER)
       if (parts > 1) continue;
       const char *w_in = (const char *)j->w_in + wide * q.expert * D * W, *w_out = (const char *)j->w_out + wide * q.expert * H * D;
       stream(q.rows, (int)j->w_type, (int)j->x_type, xq, D, w_in, W, D, from, to, preq, W);
+      TICK(PRODUCTS)
       for (int r = 0; r < q.rows; r++) activate_few(j, preq + r * W, hidden + (q.first + r) * H);
+      TICK(ACTIVATION)
       memset(y + q.first * D, 0, sizeof(float) * q.rows * D);
       stream(q.rows, (int)j->w_type, (int)j->x_type, hidden + q.first * H, H, w_out, D, H, 0, D, y + q.first * D, D);
+      TICK(PRODUCTS)
     }
+    TICK(WAIT)
     if (parts > 1) {
 #pragma omp for schedule(dynamic, 1)
       for (long p = 0; p < pieces * parts; p++) {
         piece q = list[p / parts];
         long step = up((W + parts - 1) / parts, 4 * LANES), from = least(W, p % parts * step), to = least(W, from + step);
         stream(q.rows, (int)j->w_type, (int)j->x_type, x + q.first * D, D, (const char *)j->w_in + wide * q.expert * D * W, W, D, from, to, pre + q.first * W, W);
+        TICK(PRODUCTS)
       }
+      TICK(WAIT)
 #pragma omp for schedule(dynamic, 1)
       for (long n = 0; n < N; n++) activate_few(j, pre + n * W, hidden + n * H);
+      TICK(ACTIVATION)
 #pragma omp for schedule(dynamic, 1)
       for (long p = 0; p < pieces * parts; p++) {
         piece q = list[p / parts];
         long step = up((D + parts - 1) / parts, 4 * LANES), from = least(D, p % parts * step), to = least(D, from + step);
         for (int r = 0; r < q.rows; r++) memset(y + (q.first + r) * D + from, 0, sizeof(float) * (to - from));
         stream(q.rows, (int)j->w_type, (int)j->x_type, hidden + q.first * H, H, (const char *)j->w_out + wide * q.expert * H * D, D, H, from, to, y + q.first * D, D);
+        TICK(PRODUCTS)
       }
+      TICK(WAIT)
     }
     long step = up((D + all - 1) / all, LANES), from = least(D, step * me), to = least(D, from + step);
     for (long t = 0; t < j->tokens && from < to; t++) memset(j->sum + t * D + from, 0, sizeof(float) * (to - from));
@@ -299,6 +314,8 @@ int moesaic_experts_few(const job *j) {
     if ((const void *)j->sum != j->out)
       for (long t = 0; t < j->tokens; t++)
         for (long d = from; d < to; d++) ((bf16 *)j->out)[t * D + d] = to_bf16_1(j->sum[t * D + d]);
+    TICK(COMBINE)
+    report(j, clock, all);
   }
   return 0;
 }
