@@ -16,7 +16,6 @@ from moesaic.ops.phases import listen
 from tests.ops.experts_by_hand import Batch, assert_close, call, run, some_batch, truth
 from tests.ops.kernels import BACKENDS, every_back_end, id_of, using
 
-
 # The first test of an instruction set may have to compile it, on a machine that has other things to do.
 pytestmark = pytest.mark.timeout(600)
 
