@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moesaic.ops.norm import rms_norm
+
 NormKind = Literal["rmsnorm", "layernorm"]
 
 
@@ -21,8 +23,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D), in ``x``'s dtype."""
-        wide, weight = x if x.dtype == torch.float64 else x.float(), self.weight
-        return F.rms_norm(wide, weight.shape, weight.type_as(wide), self.eps).type_as(x)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):

@@ -129,6 +129,7 @@ def _declare(functions: ctypes.CDLL) -> None:
     address, number = ctypes.c_void_p, ctypes.c_int64
     functions.moesaic_group.argtypes = [address, number, number, address, address, address]
     functions.moesaic_top.argtypes = [address, number, number, number, address, number]
+    functions.moesaic_rms_norm.argtypes = [address] * 3 + [number] * 2 + [ctypes.c_double] + [number] * 3
     functions.moesaic_linear.argtypes = [address] * 5 + [number] * 6
     for name in ("forward", "backward", "few"):
         getattr(functions, f"moesaic_experts_{name}").argtypes = [address]
@@ -239,7 +240,7 @@ def _compile(compiler: list[str], isa: str, threaded: bool, folder: Path, name: 
                 raise subprocess.CalledProcessError(process.returncode, process.args, stderr=error)
         made = Path(scratch) / "made.so"
         undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-        _say([*compiler, "-shared", *undefined, *objects, "-o", str(made)], timeout=120)
+        _say([*compiler, "-shared", *undefined, *objects, "-o", str(made), "-lm"], timeout=120)
         path = folder / f"{name}-{_hash(made)}.so"
         os.replace(made, path)
         return path

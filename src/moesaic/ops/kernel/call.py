@@ -185,6 +185,19 @@ def linear(x_MD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y_MO
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, in fp32; weight in x's dtype or fp32."""
+    library = available().functions
+    assert library is not None
+    x, weight = x.contiguous(), weight.contiguous()
+    y = torch.empty_like(x)
+    library.moesaic_rms_norm(
+        x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // x.shape[-1], x.shape[-1], eps,
+        _TYPES[x.dtype], _TYPES[weight.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
 def top(scores_TE: Tensor, k: int) -> Tensor:
     """int64 (T, K): columns of the k <= ``MOST_OF_TOP`` best fp32 scores of each row; see ``ops/top.py``."""
     library = available().functions

@@ -61,8 +61,6 @@ int moesaic_top(const float *scores, int64_t rows, int64_t width, int64_t k, int
   return 0;
 }
 
-// ---- y (m, out) = x (m, in) w^T, w (out, in): dot products along rows of w ------------------------------------------------
-
 INLINE float total(vf v) {
 #if LANES == 16
   return _mm512_reduce_add_ps((__m512)v);
@@ -72,6 +70,35 @@ INLINE float total(vf v) {
   return t;
 #endif
 }
+
+// ---- y = x / sqrt(mean(x^2) + eps) * weight, row by row, in fp32 ------------------------------------------------------------
+
+INLINE void norm_row(int xt, int wt, const void *x, const void *weight, void *y, long dim, float eps) {
+  vf squares = {0};
+  long d = 0;
+  for (; d + LANES <= dim; d += LANES) {
+    vf v = load_as(xt, x, d);
+    squares += v * v;
+  }
+  float sum = total(squares);
+  for (; d < dim; d++) sum += load_as_1(xt, x, d) * load_as_1(xt, x, d);
+  float scale = 1.0f / sqrtf(sum / dim + eps);
+  for (d = 0; d + LANES <= dim; d += LANES) store_as(xt, y, d, load_as(xt, x, d) * scale * load_as(wt, weight, d));
+  for (; d < dim; d++) store_as_1(xt, y, d, load_as_1(xt, x, d) * scale * load_as_1(wt, weight, d));
+}
+
+int moesaic_rms_norm(const char *x, const void *weight, char *y, int64_t rows, int64_t dim, double eps, int64_t x_type, int64_t w_type, int64_t threads) {
+#pragma omp parallel for schedule(static) num_threads((int)threads) if (rows * dim > 65536)
+  for (int64_t r = 0; r < rows; r++) {
+    long at = r * dim * size_of((int)x_type);
+    if (x_type == F32) norm_row(F32, F32, x + at, weight, y + at, dim, (float)eps);
+    else if (w_type == F32) norm_row(BF16, F32, x + at, weight, y + at, dim, (float)eps);
+    else norm_row(BF16, BF16, x + at, weight, y + at, dim, (float)eps);
+  }
+  return 0;
+}
+
+// ---- y (m, out) = x (m, in) w^T, w (out, in): dot products along rows of w ------------------------------------------------
 
 // "outs" rows of w, each read once from its beginning to its end, times m rows of x. Each sum is "chains" sums side by side,
 // because an addition waits for the one before it.
