@@ -1,5 +1,6 @@
 // What a few tokens need: products of one to a few rows with weights read once, straight from where they lie, at the speed of
 // memory; and grouping rows by expert.
+#include <math.h>
 #include "job.h"
 
 #define FEW 8  // rows at most
