@@ -21,12 +21,18 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 from moesaic.errors import ConfigError
 
@@ -39,7 +45,7 @@ FLAGS = {
     "generic": "",  # vectors of four, by whatever the processor always has
 }
 # Contracting a * b + c into one instruction is what the registers' arithmetic is written for.
-_ALWAYS = "-O3 -g -std=gnu11 -fPIC -shared -ffp-contract=fast -fno-math-errno -fno-semantic-interposition -w"
+_ALWAYS = "-O3 -std=gnu11 -fPIC -shared -ffp-contract=fast -fno-math-errno -fno-semantic-interposition -w"
 _SOURCES = ("experts.c", "rows.c")
 
 
@@ -194,12 +200,27 @@ def compiled(compiler: list[str], isa: str) -> tuple[ctypes.CDLL, bool]:
             if threaded and runtime:
                 # The library names no OpenMP runtime of its own: its symbols are found in the one made global here.
                 ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
-            return ctypes.CDLL(str(path or _compile(compiler, isa, threaded, folder, name))), threaded
+            if path is None:
+                with _one_at_a_time(folder):  # whoever waited finds it made
+                    path = next(filter(_whole, sorted(folder.glob(f"{name}-*.so"))), None)
+                    path = path or _compile(compiler, isa, threaded, folder, name)
+            return ctypes.CDLL(str(path)), threaded
         except (subprocess.CalledProcessError, OSError):
             # A compiler without OpenMP, or with another one than PyTorch's: one thread is better than none.
             if not threaded:
                 raise
     raise OSError("no library was made")
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Processes that start together compile in turn, where the system has locks; a lock ends with its process."""
+    if fcntl is None:
+        yield
+        return
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _hash(path: Path) -> str:
