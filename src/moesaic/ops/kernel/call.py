@@ -17,7 +17,7 @@ from moesaic.ops.kernel.build import available
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "squared_relu": 4}
-FEW_ROWS = 8  # of the busiest expert, up to which weights are read where they lie instead of being packed
+FEW_ROWS = 4  # of the busiest expert, up to which weights are read where they lie instead of being packed
 MOST_OF_TOP = 64
 _KEPT_SUMS = 16 << 20  # numbers; 64 MiB
 _PHASES = ("gather", "products", "activation", "combine", "wait")
@@ -143,7 +143,7 @@ def forward(
     if keep:
         pre_NW = x_TD.new_empty(rows.token_N.shape[0], w_in.shape[2])
         job.pre = pre_NW.data_ptr()
-    few = not keep and rows.token_N.shape[0] <= 64 * FEW_ROWS and int(rows.counts_E.max()) <= FEW_ROWS
+    few = not keep and rows.token_N.shape[0] <= 128 * FEW_ROWS and int(rows.counts_E.max()) <= FEW_ROWS
     _run("moesaic_experts_few" if few else "moesaic_experts_forward", job)
     return out_TD, pre_NW
 
@@ -178,10 +178,11 @@ def linear(x_MD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows, columns = x_MD.shape[0], weight.shape[0]
     y_MO = x_MD.new_empty(rows, columns)
     sums = y_MO if x_MD.dtype == torch.float32 else y_MO.new_empty(y_MO.shape, dtype=torch.float32)
-    library.moesaic_linear(
+    failed = library.moesaic_linear(
         x_MD.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y_MO.data_ptr(), sums.data_ptr(),
         rows, weight.shape[1], columns, _TYPES[x_MD.dtype], _TYPES[weight.dtype], torch.get_num_threads(),
     )  # fmt: skip
+    assert not failed, "too many rows for the kernel"
     return y_MO
 
 
