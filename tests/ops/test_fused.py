@@ -82,7 +82,7 @@ def test_row_counts_of_one_expert(kind: Any, rows: int) -> None:
 
 @pytest.mark.parametrize("count", range(1, 10))
 def test_a_few_rows_and_one_more(kind: Any, count: int) -> None:
-    """1 to 8 rows of the busiest expert take a path of their own without gradients, 9 the other."""
+    """Up to FEW_ROWS rows of the busiest expert take a path of their own without gradients, more the other."""
     for D, H in ((37, 19), (64, 48)):
         check(kind, [0] * count + [2] * (count // 2) + [3] * count, 6, 4, D, H)
 
