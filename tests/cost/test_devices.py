@@ -237,7 +237,9 @@ def test_the_expert_kernel_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_the_expert_kernel_not_in_use(monkeypatch: pytest.MonkeyPatch, value: str, why: str) -> None:
     monkeypatch.setenv("MOESAIC_KERNEL", value)
+    build.forget()
     found = doctor(measure=False)
+    build.forget()
     assert not found.kernel.in_use
     assert f"none, experts run on PyTorch's products: {why}" in row(found, "expert kernel")
     said = [sentence for sentence in found.advice if "kernel" in sentence]
