@@ -35,16 +35,25 @@ from common import (
     run_main,
 )
 from greedy import Text, Writer, writers
-from hf_models import backend_of, check_logits, check_memory, draw_decoder, hf_model, parameters, sizes_of
-from peers import HF_BACKENDS, asked_hf
+from hf_models import (
+    backend_of,
+    check_logits,
+    check_memory,
+    draw_decoder,
+    hf_model,
+    model_arguments,
+    model_of,
+    parameters,
+    sizes_of,
+)
+from peers import asked_hf
 from rounds import Laps, Run, fastest, in_rounds, summary, times_faster, verdict
 from torch import Tensor
 
 from moesaic.cost.speed import best_rate, read_gb_per_s
 from moesaic.cost.traffic import cache_bytes, decode_bytes
-from moesaic.models.config import ModelConfig, MoEConfig
+from moesaic.models.config import ModelConfig
 from moesaic.models.decoder import Decoder
-from moesaic.ops.grouped import BACKENDS
 
 TIE = 1e-3  # two tokens whose fp32 logits differ by less than this share of the largest may change places
 ELSEWHERE = "llama.cpp, f16 weights, a like machine, measured elsewhere: 78 tokens/s (context, not part of this run)"
@@ -53,22 +62,9 @@ ELSEWHERE = "llama.cpp, f16 weights, a like machine, measured elsewhere: 78 toke
 def main() -> None:
     """Measure one dtype after the other, print tables and verdicts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=positive, default=12)
-    parser.add_argument("--dim", type=positive, default=1024)
-    parser.add_argument("--hidden", type=positive, default=512, help="width of one expert")
-    parser.add_argument("--experts", type=positive, default=64)
-    parser.add_argument("--k", type=positive, default=8)
-    parser.add_argument("--heads", type=positive, nargs=2, default=[16, 4], metavar=("Q", "KV"), help="each 64 wide")
-    parser.add_argument("--vocab", type=positive, default=32000)
+    model_arguments(parser, dim=1024, hidden=512, experts=64, heads=(16, 4))
     parser.add_argument("--prompt", type=positive, default=512, help="tokens of the prompt")
     parser.add_argument("--new", type=positive, default=64, help="tokens to generate, at least 2")
-    parser.add_argument("--dtypes", choices=tuple(DTYPES), nargs="+", default=list(DTYPES))
-    parser.add_argument("--backends", choices=BACKENDS, nargs="+", default=["auto"], help="of moesaic's experts")
-    parser.add_argument("--hf", choices=("none", *HF_BACKENDS), nargs="+", default=list(HF_BACKENDS))
-    parser.add_argument("--memory", type=float, default=16.0, metavar="GIB", help="refuse models that need more")
-    parser.add_argument(
-        "--limit", type=float, default=300.0, metavar="S", help="longest time for one contender's rounds"
-    )
     common_arguments(parser)
     args = parser.parse_args()
     if args.quick:
@@ -79,7 +75,7 @@ def main() -> None:
     if args.new < 2:
         raise BenchError("--new 1 leaves nothing to time: the first new token belongs to the prompt.")
     args.hf = asked_hf(args.hf)
-    config = shape(args)
+    config = model_of(args, args.prompt + args.new)
     copies = 2 if args.hf else 1
     check_memory(args, {dtype: parameters(config) * copies * DTYPES[dtype].itemsize for dtype in args.dtypes})
     rows: list[dict[str, Any]] = []
@@ -94,20 +90,6 @@ def main() -> None:
     print(ELSEWHERE)
     settings = {"prompt": args.prompt, "new": args.new, "rounds": args.rounds, "quick": args.quick}
     finish({"rows": rows, "targets": found, **settings, **about(torch.device("cpu"))}, args.out)
-
-
-def shape(args: argparse.Namespace) -> ModelConfig:
-    """The model asked for, with a tied head."""
-    return ModelConfig(
-        vocab_size=args.vocab,
-        dim=args.dim,
-        num_layers=args.layers,
-        num_heads=args.heads[0],
-        num_kv_heads=args.heads[1],
-        head_dim=64,
-        max_seq_len=args.prompt + args.new,
-        moe=MoEConfig(num_experts=args.experts, k=args.k, hidden=args.hidden),
-    )
 
 
 # ---- measuring -----------------------------------------------------------------------------------------------------

@@ -18,16 +18,52 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from common import BenchError
+from common import DTYPES, BenchError, positive
+from peers import HF_BACKENDS
 from torch import Tensor, nn
 
 from moesaic.cost.count import count_parameters
 from moesaic.models.build import build_model
 from moesaic.models.config import ModelConfig, MoEConfig
 from moesaic.models.decoder import Decoder
+from moesaic.ops.grouped import BACKENDS
 from moesaic.ops.pages import prefer_huge
 
 RELATIVE = 1e-4  # largest difference of fp32 logits, relative to the largest logit
+
+
+def model_arguments(
+    parser: argparse.ArgumentParser, *, dim: int, hidden: int, experts: int, heads: tuple[int, int]
+) -> None:
+    """Options of benchmarks of whole models, with these defaults; ``model_of`` reads the sizes."""
+    parser.add_argument("--layers", type=positive, default=12)
+    parser.add_argument("--dim", type=positive, default=dim)
+    parser.add_argument("--hidden", type=positive, default=hidden, help="width of one expert")
+    parser.add_argument("--experts", type=positive, default=experts)
+    parser.add_argument("--k", type=positive, default=8)
+    parser.add_argument("--heads", type=positive, nargs=2, default=heads, metavar=("Q", "KV"), help="each 64 wide")
+    parser.add_argument("--vocab", type=positive, default=32000)
+    parser.add_argument("--dtypes", choices=tuple(DTYPES), nargs="+", default=list(DTYPES), help="of activations")
+    parser.add_argument("--backends", choices=BACKENDS, nargs="+", default=["auto"], help="of moesaic's experts")
+    parser.add_argument("--hf", choices=("none", *HF_BACKENDS), nargs="+", default=list(HF_BACKENDS))
+    parser.add_argument("--memory", type=float, default=16.0, metavar="GIB", help="refuse models that need more")
+    parser.add_argument(
+        "--limit", type=float, default=300.0, metavar="S", help="longest time for one contender's rounds"
+    )
+
+
+def model_of(args: argparse.Namespace, max_seq_len: int) -> ModelConfig:
+    """The model asked for: heads of 64, a tied head, the balancing losses that ``moesaic train`` has by default."""
+    return ModelConfig(
+        vocab_size=args.vocab,
+        dim=args.dim,
+        num_layers=args.layers,
+        num_heads=args.heads[0],
+        num_kv_heads=args.heads[1],
+        head_dim=64,
+        max_seq_len=max_seq_len,
+        moe=MoEConfig(num_experts=args.experts, k=args.k, hidden=args.hidden),
+    )
 
 
 def draw_decoder(config: ModelConfig, dtype: torch.dtype, seed: int = 0) -> Decoder:

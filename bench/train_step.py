@@ -29,7 +29,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import (
-    DTYPES,
     BenchError,
     Shape,
     about,
@@ -46,20 +45,21 @@ from hf_models import (
     check_memory,
     draw_decoder,
     hf_model,
+    model_arguments,
+    model_of,
     our_name,
     parameters,
     set_backend,
     sizes_of,
 )
-from peers import HF_BACKENDS, asked_hf, hf_batched_bytes
+from peers import asked_hf, hf_batched_bytes
 from rounds import Laps, Run, fastest, in_rounds, medians, summary, times_faster, verdict
 from torch import nn
 
 from moesaic.data.packing import Batch
-from moesaic.models.config import ModelConfig, MoEConfig
+from moesaic.models.config import ModelConfig
 from moesaic.models.decoder import Decoder
 from moesaic.models.twin import dense_twin
-from moesaic.ops.grouped import BACKENDS
 from moesaic.train.optim import OptimConfig, make_optimizer
 from moesaic.train.step import train_step
 
@@ -71,22 +71,9 @@ TWIN = "dense twin"
 def main() -> None:
     """Measure one dtype after the other, print tables and verdicts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=positive, default=12)
-    parser.add_argument("--dim", type=positive, default=768)
-    parser.add_argument("--hidden", type=positive, default=256, help="width of one expert")
-    parser.add_argument("--experts", type=positive, default=32)
-    parser.add_argument("--k", type=positive, default=8)
-    parser.add_argument("--heads", type=positive, nargs=2, default=[12, 4], metavar=("Q", "KV"), help="each 64 wide")
-    parser.add_argument("--vocab", type=positive, default=32000)
+    model_arguments(parser, dim=768, hidden=256, experts=32, heads=(12, 4))
     parser.add_argument("--batch", type=positive, default=8, help="rows")
     parser.add_argument("--seq", type=positive, default=256, help="positions of a row")
-    parser.add_argument("--dtypes", choices=tuple(DTYPES), nargs="+", default=list(DTYPES), help="of activations")
-    parser.add_argument("--backends", choices=BACKENDS, nargs="+", default=["auto"], help="of moesaic's experts")
-    parser.add_argument("--hf", choices=("none", *HF_BACKENDS), nargs="+", default=list(HF_BACKENDS))
-    parser.add_argument("--memory", type=float, default=16.0, metavar="GIB", help="refuse models that need more")
-    parser.add_argument(
-        "--limit", type=float, default=300.0, metavar="S", help="longest time for one contender's rounds"
-    )
     common_arguments(parser)
     args = parser.parse_args()
     if args.quick:
@@ -95,7 +82,7 @@ def main() -> None:
     if prepare_device(args).type != "cpu":
         raise BenchError("This benchmark trains on the CPU only.")
     args.hf = asked_hf(args.hf)
-    config = shape(args)
+    config = model_of(args, args.seq)
     check_memory(args, {dtype: state_bytes(config, dtype, hf=bool(args.hf)) for dtype in args.dtypes})
     rows: list[dict[str, Any]] = []
     for dtype in args.dtypes:
@@ -108,20 +95,6 @@ def main() -> None:
     print("\n".join(one["text"] for one in found))
     settings = {"batch": args.batch, "seq": args.seq, "rounds": args.rounds, "quick": args.quick}
     finish({"rows": rows, "targets": found, **settings, **about(torch.device("cpu"))}, args.out)
-
-
-def shape(args: argparse.Namespace) -> ModelConfig:
-    """The model asked for, with a tied head and the balancing losses that ``moesaic train`` has by default."""
-    return ModelConfig(
-        vocab_size=args.vocab,
-        dim=args.dim,
-        num_layers=args.layers,
-        num_heads=args.heads[0],
-        num_kv_heads=args.heads[1],
-        head_dim=64,
-        max_seq_len=args.seq,
-        moe=MoEConfig(num_experts=args.experts, k=args.k, hidden=args.hidden),
-    )
 
 
 def state_bytes(config: ModelConfig, dtype: str, *, hf: bool) -> int:

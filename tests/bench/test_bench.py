@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,22 +13,6 @@ import torch
 
 BENCH = Path(__file__).parents[2] / "bench"
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Import a file of bench/ by name, as a benchmark run from the command line would."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module
-
-
-def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *options: str) -> Any:
-    """(the table, the JSON of the last line) of a benchmark's main."""
-    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *options])
-    module.main()
-    out = capsys.readouterr().out.strip()
-    text, _, last = out.rpartition("\n")
-    return text, json.loads(last)
 
 
 def peers_for(bench: Any, dtype: torch.dtype, load: str = "balanced", tokens: int = 40) -> tuple[Any, ...]:
@@ -47,11 +29,9 @@ def peers_for(bench: Any, dtype: torch.dtype, load: str = "balanced", tokens: in
 # ---- the benchmarks ------------------------------------------------------------------------------------------------
 
 
-def test_layer_tax(
-    bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_layer_tax(bench: Any, tmp_path: Path, run: Any) -> None:
     out = tmp_path / "tax.json"
-    text, result = run(bench("layer_tax"), monkeypatch, capsys, "--quick", "--hf", "none", "--out", str(out))
+    text, result = run(bench("layer_tax"), "--quick", "--hf", "none", "--out", str(out))
     assert "Targets" in text
     assert json.loads(out.read_text()) == result
     assert len(result["rows"]) == 2 * 2 * 2 * 2 * 2  # shapes, dtypes, tokens, loads, modes
@@ -67,12 +47,10 @@ def test_layer_tax(
     assert {target["target"] for target in result["targets"]} == {1, 2, 3, 4}
 
 
-def test_layer_tax_with_hugging_face(
-    bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_layer_tax_with_hugging_face(bench: Any, run: Any) -> None:
     pytest.importorskip("transformers")
     options = ("--quick", "--dtypes", "fp32", "--loads", "zipf", "--modes", "fw+bw")
-    _, result = run(bench("layer_tax"), monkeypatch, capsys, *options)
+    _, result = run(bench("layer_tax"), *options)
     for row in result["rows"]:
         assert row["best_hf"] in row["times_faster_than"]
         assert row["times_faster_than"].keys() == {"hf eager", "hf batched_mm", "hf grouped_mm"}
@@ -80,13 +58,11 @@ def test_layer_tax_with_hugging_face(
         assert row["skew"] > 1.2
 
 
-def test_scaling(
-    bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_scaling(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run: Any) -> None:
     scaling, plot = bench("scaling"), tmp_path / "plot.svg"
     peak = {"parameters": 1000, "gradients": 1000, "peak": 5000}
     monkeypatch.setattr(scaling, "peak_of", lambda spec: peak)
-    text, result = run(scaling, monkeypatch, capsys, "--quick", "--hf", "none", "--plot", str(plot))
+    text, result = run(scaling, "--quick", "--hf", "none", "--plot", str(plot))
     assert "E 4 to 8: time" in text
     assert [(row["contender"], row["E"], row["dtype"]) for row in result["rows"]] == [
         (name, E, dtype) for dtype in ("fp32", "bf16") for name, E in (("moesaic", 4), ("moesaic", 8), ("dense", None))
@@ -107,10 +83,10 @@ def test_memory_of_a_process(bench: Any) -> None:
     assert memory.least_besides(spec) * 0.5 < found["peak"] - parameters < memory.least_besides(spec) * 20
 
 
-def test_memory_table(bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_memory_table(bench: Any, monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
     memory = bench("memory")
     monkeypatch.setattr(memory, "peak_of", lambda spec: {"parameters": 100, "gradients": 100, "peak": 10**6})
-    text, result = run(memory, monkeypatch, capsys, "--quick", "--hf", "none")
+    text, result = run(memory, "--quick", "--hf", "none")
     assert "besides" in text
     assert {row["contender"] for row in result["rows"]} == {"dense", "dense (moesaic)", "moesaic"}
     for row in result["rows"]:

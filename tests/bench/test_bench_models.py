@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,21 +14,6 @@ from moesaic.models.config import ModelConfig, MoEConfig
 from moesaic.models.twin import dense_twin
 
 BENCH = Path(__file__).parents[2] / "bench"
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Import a file of bench/ by name, as a benchmark run from the command line would."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module
-
-
-def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *options: str) -> Any:
-    """(the table, the JSON of the last line) of a benchmark's main."""
-    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *options])
-    module.main()
-    text, _, last = capsys.readouterr().out.strip().rpartition("\n")
-    return text, json.loads(last)
 
 
 def config(**changes: Any) -> ModelConfig:
@@ -134,12 +117,10 @@ def test_verdicts(bench: Any) -> None:
 # ---- the benchmarks ------------------------------------------------------------------------------------------------
 
 
-def test_decode(
-    bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_decode(bench: Any, tmp_path: Path, run: Any) -> None:
     out = tmp_path / "decode.json"
     options = ("--quick", "--hf", "none", "--backends", "auto", "reference", "--out", str(out))
-    text, result = run(bench("decode"), monkeypatch, capsys, *options)
+    text, result = run(bench("decode"), *options)
     assert "not measured here" in text
     assert json.loads(out.read_text()) == result
     assert [row["dtype"] for row in result["rows"]] == ["fp32", "bf16"]
@@ -152,11 +133,9 @@ def test_decode(
     assert result["rows"][1]["weight_bytes_by_part"]["attention"] == 2 * 64 * (256 + 128 + 128 + 256) * 2
 
 
-def test_decode_with_hugging_face(
-    bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_decode_with_hugging_face(bench: Any, run: Any) -> None:
     pytest.importorskip("transformers")
-    text, result = run(bench("decode"), monkeypatch, capsys, "--quick", "--dtypes", "fp32")
+    text, result = run(bench("decode"), "--quick", "--dtypes", "fp32")
     row = result["rows"][0]
     names = {f"hf {backend} {way}" for backend in ("eager", "batched_mm", "grouped_mm") for way in ("generate", "loop")}
     assert row["times_faster"].keys() == row["same_text"].keys() == names
@@ -178,11 +157,9 @@ def test_a_text_that_is_not_the_same_is_refused(bench: Any) -> None:
         decode._agreement(model, [prompt], texts, "hf loop", "fp32")
 
 
-def test_train_step(
-    bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_train_step(bench: Any, tmp_path: Path, run: Any) -> None:
     out = tmp_path / "train.json"
-    text, result = run(bench("train_step"), monkeypatch, capsys, "--quick", "--hf", "none", "--out", str(out))
+    text, result = run(bench("train_step"), "--quick", "--hf", "none", "--out", str(out))
     assert "training step over the dense twin's" in text
     assert json.loads(out.read_text()) == result
     for row in result["rows"]:
@@ -195,12 +172,10 @@ def test_train_step(
             assert sum(split.values()) == pytest.approx(row["seconds"][name]["median"], rel=0.5)
 
 
-def test_train_step_with_hugging_face(
-    bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_train_step_with_hugging_face(bench: Any, run: Any) -> None:
     pytest.importorskip("transformers")
     options = ("--quick", "--dtypes", "bf16", "--hf", "eager", "grouped_mm")
-    _, result = run(bench("train_step"), monkeypatch, capsys, *options)
+    _, result = run(bench("train_step"), *options)
     row = result["rows"][0]
     theirs = {f"hf {backend} {how}" for backend in ("eager", "grouped_mm") for how in ("autocast", "bf16 weights")}
     assert row["times_faster"].keys() == {"dense twin", *theirs}

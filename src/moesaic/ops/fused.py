@@ -47,8 +47,8 @@ class Sources(NamedTuple):
 def as_they_are(x_ND: Tensor) -> Sources:
     """Rows that are grouped already: each its own token, at weight 1."""
     place_N = torch.arange(x_ND.shape[0], device=x_ND.device)
-    dtype = torch.float64 if x_ND.dtype == torch.float64 else torch.float32
-    return Sources(place_N, torch.ones(x_ND.shape[0], dtype=dtype, device=x_ND.device), place_N)
+    ones_N = torch.ones(x_ND.shape[0], dtype=tiles.wide(x_ND.dtype), device=x_ND.device)
+    return Sources(place_N, ones_N, place_N)
 
 
 def pick_fused(x_TD: Tensor, w_in: Tensor, rows: int) -> FusedBackend:
@@ -81,7 +81,8 @@ def experts_mlp(
 
     Args:
         x_TD: tokens.
-        w_in, w_out: (E, D, W) and (E, H, D), in ``x``'s dtype; on the kernel also fp32 beside bf16 tokens, rounded at use.
+        w_in, w_out: (E, D, W) and (E, H, D), in ``x``'s dtype; on the kernel also fp32 beside bf16 tokens, rounded at use
+            (except where few rows read them in place).
         counts_E: int64 rows per expert; rows past the last group are not computed.
         sources: of the rows.
 
@@ -130,8 +131,7 @@ def _checked(
             f"weight and place per row; got {tuple(x_TD.shape)}, {tuple(w_in.shape)}, {tuple(w_out.shape)}, "
             f"{tuple(counts_E.shape)} and {tuple(token_N.shape)}, {tuple(weight_N.shape)}, {tuple(order_N.shape)}"
         )
-    wide = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
-    return Sources(token_N.to(torch.int64), weight_N.to(wide), order_N.to(torch.int64))
+    return Sources(token_N.to(torch.int64), weight_N.to(tiles.wide(x_TD.dtype)), order_N.to(torch.int64))
 
 
 def _forward(inputs: list[Tensor], shape: Shape, use_kernel: bool, keep: bool) -> tuple[Tensor, Tensor | None]:

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import sys
 from collections.abc import Callable
+from typing import cast
 
 from torch import Tensor
 
@@ -24,7 +25,7 @@ def _madvise() -> Callable[[int, int, int], int] | None:
     except (OSError, AttributeError):
         return None
     function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return function  # type: ignore[no-any-return]
+    return cast(Callable[[int, int, int], int], function)
 
 
 def prefer_huge(tensor: Tensor, written: bool = False) -> Tensor:

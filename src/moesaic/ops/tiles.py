@@ -29,7 +29,8 @@ def _groups(rows: Rows) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
             start += count
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of weights and sums: fp32, or fp64 beside fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -43,7 +44,7 @@ def forward(
     x_TD: Tensor, w_in: Tensor, w_out: Tensor, weight_N: Tensor, rows: Rows, shape: Shape, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
     """As ``ops/kernel/call.py``."""
-    sum_TD = torch.zeros_like(x_TD, dtype=_wide(x_TD.dtype), memory_format=torch.contiguous_format)
+    sum_TD = torch.zeros_like(x_TD, dtype=wide(x_TD.dtype), memory_format=torch.contiguous_format)
     pre_NW = x_TD.new_empty(rows.token_N.shape[0], w_in.shape[2]) if keep else None
     for expert, places, natural_M, token_M in _groups(rows):
         with phase("gather"):
@@ -68,7 +69,7 @@ def backward(
     pre_NW: Tensor, needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """As ``ops/kernel/call.py``."""
-    sum_TD = torch.zeros_like(x_TD, dtype=_wide(x_TD.dtype)) if needs[0] else None
+    sum_TD = torch.zeros_like(x_TD, dtype=wide(x_TD.dtype)) if needs[0] else None
     dw_in = torch.empty_like(w_in) if needs[1] else None
     dw_out = torch.empty_like(w_out) if needs[2] else None
     dweight_N = torch.zeros_like(weight_N)

@@ -45,7 +45,7 @@ FLAGS = {
     "generic": "",  # vectors of four, by whatever the processor always has
 }
 # Contracting a * b + c into one instruction is what the registers' arithmetic is written for.
-_ALWAYS = "-O3 -std=gnu11 -fPIC -shared -ffp-contract=fast -fno-math-errno -fno-semantic-interposition -w"
+_ALWAYS = "-O3 -std=gnu11 -fPIC -ffp-contract=fast -fno-math-errno -fno-semantic-interposition -w"
 _SOURCES = ("experts.c", "rows.c")
 
 
@@ -245,7 +245,7 @@ def _compile(compiler: list[str], isa: str, threaded: bool, folder: Path, name: 
         running = []
         for source in _SOURCES:
             objects.append(os.path.join(scratch, source + ".o"))
-            flags = [*_ALWAYS.replace("-shared ", "").split(), *FLAGS[isa].split()]
+            flags = [*_ALWAYS.split(), *FLAGS[isa].split()]
             flags += ["-fopenmp"] if threaded else ["-Wno-unknown-pragmas"]
             command = [*compiler, *flags, "-c", str(here / source), "-o", objects[-1]]
             streams: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}

@@ -138,21 +138,6 @@ INLINE uint32_t *panels_b(const call *c, int word) {
   return scratch(PANELS_B, 2 * GROUP * (words(word, most(most(c->j->dim, c->width), least(c->deepest, DEPTH))) + 2));
 }
 
-INLINE void activate_row(const job *j, int type, const void *pre, void *hidden) {
-  long H = j->hidden, i = 0;
-  int act = (int)j->activation;
-  for (; i + LANES <= H; i += LANES) {
-    vf y = activate(act, load_as(type, pre, i));
-    if (j->gated) y *= load_as(type, pre, H + i);
-    store_as(type, hidden, i, y);
-  }
-  for (; i < H; i++) {
-    float y = activate(act, splat(load_as_1(type, pre, i)))[0];
-    if (j->gated) y *= load_as_1(type, pre, H + i);
-    store_as_1(type, hidden, i, y);
-  }
-}
-
 // Whose weights this thread will probably read next.
 INLINE long next_expert(const call *c, task t) { return least(c->j->experts - 1, t.expert + c->j->threads); }
 
@@ -304,10 +289,24 @@ static long chunks_of(long rows, long threads) {
   return rows > 2 * CHUNK ? up((rows + CHUNK - 1) / CHUNK, threads) : (rows + CHUNK - 1) / CHUNK;
 }
 
+// The tasks of the wave of experts e .. stop.
+static void list_tasks(call *c, long e, long stop, int threads, int backward, task *tasks, task *more) {
+  c->num = c->num_more = 0;
+  c->first = c->starts[e];
+  for (; e < stop; e++) {
+    // A busy expert is cut into as many parts for each thread as for any other. Columns of its weights' gradients are not
+    // cut below 128: each cut packs all of its rows again.
+    long n = c->j->counts[e], parts = chunks_of(n, threads);
+    for (long p = 0; p < parts; p++) tasks[c->num++] = (task){e, c->starts[e] + n * p / parts, n * (p + 1) / parts - n * p / parts, 0, 1};
+    long pieces = n > 2 * CHUNK ? most(1, least(threads, least(c->width, c->j->dim) / 128)) : 1;
+    for (long p = 0; backward && p < 2 * pieces; p++) more[c->num_more++] = (task){e, c->starts[e], n, p, pieces};
+  }
+}
+
 static int go(const job *given, int backward) {
   job found = *given;
   const job *j = &found;
-  long E = j->experts, D = j->dim, H = j->hidden, T = j->tokens, width = H * (1 + j->gated);
+  long E = j->experts, D = j->dim, H = j->hidden, width = H * (1 + j->gated);
   int threads = (int)most(1, j->threads);
   if (!sound(j)) return 2;
   if (!find_sums(&found)) return 1;
@@ -321,7 +320,7 @@ static int go(const job *given, int backward) {
     c.deepest = most(c.deepest, j->counts[e]);
     chunks += chunks_of(j->counts[e], threads);
   }
-  long rows = c.starts[E], wave_rows = most(2048, 512 * threads), biggest = least(rows, wave_rows + c.deepest);
+  long rows = c.starts[E], wave_rows = most(2048, 512 * threads), biggest = least(rows, most(wave_rows, c.deepest));
   int wide = j->x_type == F32 ? 4 : 2, wt = j->w_type == F32 ? 4 : 2;
   task *tasks = malloc(sizeof(task) * (chunks + 1)), *more = malloc(sizeof(task) * (2 * E * (long)(2 + 4 * threads) + 1));
   c.token = malloc(sizeof(int64_t) * (rows + 1));
@@ -344,47 +343,30 @@ static int go(const job *given, int backward) {
     }
 #pragma omp barrier
     if (!short_of_memory) {
-    double times[PHASES + 1] = {0}, *clock = j->seconds ? times : NULL;
-    times[PHASES] = now();
-    for (long t = 0; t < T && j->sum; t++)
-      if (to > from) memset(j->sum + t * D + from, 0, sizeof(float) * (to - from));
+      double times[PHASES + 1] = {0}, *clock = j->seconds ? times : NULL;
+      times[PHASES] = now();
+      clear_sums(j, from, to);
 #pragma omp for schedule(static)
-    for (long i = 0; i < rows; i++) c.token[i] = j->token[j->order[i]];
-    TICK(COMBINE)
-    for (long e = 0; e < E;) {
-      long stop = e, first = c.starts[e];
-      while (stop < E && (stop == e || c.starts[stop + 1] - first <= wave_rows)) stop++;
-#pragma omp single
-      {
-        c.num = c.num_more = 0;
-        c.first = first;
-        for (long x = e; x < stop; x++) {
-          // A busy expert is cut into as many parts for each thread as for any other. Columns of its weights' gradients
-          // are not cut below 128: each cut packs all of its rows again.
-          long n = j->counts[x], parts = chunks_of(n, threads);
-          for (long p = 0; p < parts; p++) tasks[c.num++] = (task){x, c.starts[x] + n * p / parts, n * (p + 1) / parts - n * p / parts, 0, 1};
-          long pieces = n > 2 * CHUNK ? most(1, least(threads, least(width, D) / 128)) : 1;
-          for (long p = 0; backward && p < 2 * pieces; p++) more[c.num_more++] = (task){x, c.starts[x], n, p, pieces};
-        }
-      }
-#pragma omp for schedule(dynamic, 1)
-      for (long i = 0; i < c.num; i++) run(&c, backward ? BACKWARD : FORWARD, tasks[i], clock);
-      TICK(WAIT)
-      if (j->sum) add_rows(&c, c.starts[stop], from, to, !backward);
+      for (long i = 0; i < rows; i++) c.token[i] = j->token[j->order[i]];
       TICK(COMBINE)
+      for (long e = 0; e < E;) {
+        long stop = e, first = c.starts[e];
+        while (stop < E && (stop == e || c.starts[stop + 1] - first <= wave_rows)) stop++;
+#pragma omp single
+        list_tasks(&c, e, stop, threads, backward, tasks, more);
 #pragma omp for schedule(dynamic, 1)
-      for (long i = 0; i < c.num_more; i++) run(&c, WEIGHTS, more[i], clock);
-      TICK(WAIT)
-      e = stop;
-    }
-    if (j->sum && (const void *)j->sum != j->out && from < to)
-      for (long t = 0; t < T; t++) {
-        long d = from;
-        for (; d + LANES <= to; d += LANES) store_bf16((bf16 *)j->out + t * D + d, load(j->sum + t * D + d));
-        for (; d < to; d++) ((bf16 *)j->out)[t * D + d] = to_bf16_1(j->sum[t * D + d]);
+        for (long i = 0; i < c.num; i++) run(&c, backward ? BACKWARD : FORWARD, tasks[i], clock);
+        TICK(WAIT)
+        if (j->sum) add_rows(&c, c.starts[stop], from, to, !backward);
+        TICK(COMBINE)
+#pragma omp for schedule(dynamic, 1)
+        for (long i = 0; i < c.num_more; i++) run(&c, WEIGHTS, more[i], clock);
+        TICK(WAIT)
+        e = stop;
       }
-    TICK(COMBINE)
-    report(j, clock, all);
+      round_sums(j, from, to);
+      TICK(COMBINE)
+      report(j, clock, all);
     }
   }
   free(c.starts), free(c.token), free(tasks), free(more);

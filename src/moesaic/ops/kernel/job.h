@@ -107,3 +107,34 @@ static int find_sums(job *j) {
   else if (!j->sum) j->sum = scratch(SUMS, sizeof(float) * j->tokens * j->dim);
   return j->sum != NULL;
 }
+
+// A thread's columns from .. to of the sums, before and after: cleared, and rounded to where they go.
+static void clear_sums(const job *j, long from, long to) {
+  for (long t = 0; t < j->tokens && j->sum && from < to; t++) memset(j->sum + t * j->dim + from, 0, sizeof(float) * (to - from));
+}
+static void round_sums(const job *j, long from, long to) {
+  if (!j->sum || (const void *)j->sum == j->out) return;
+  for (long t = 0; t < j->tokens; t++) {
+    const float *sum = j->sum + t * j->dim;
+    bf16 *out = (bf16 *)j->out + t * j->dim;
+    long d = from;
+    for (; d + LANES <= to; d += LANES) store_bf16(out + d, load(sum + d));
+    for (; d < to; d++) out[d] = to_bf16_1(sum[d]);
+  }
+}
+
+// A row's hidden units from its products with w_in.
+INLINE void activate_row(const job *j, int type, const void *pre, void *hidden) {
+  long H = j->hidden, i = 0;
+  int act = (int)j->activation;
+  for (; i + LANES <= H; i += LANES) {
+    vf y = activate(act, load_as(type, pre, i));
+    if (j->gated) y *= load_as(type, pre, H + i);
+    store_as(type, hidden, i, y);
+  }
+  for (; i < H; i++) {
+    float y = activate(act, splat(load_as_1(type, pre, i)))[0];
+    if (j->gated) y *= load_as_1(type, pre, H + i);
+    store_as_1(type, hidden, i, y);
+  }
+}

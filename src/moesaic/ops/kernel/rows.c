@@ -186,14 +186,14 @@ static const uint16_t high_halves[32] __attribute__((aligned(64))) = {PAIRS(16),
 #endif
 // Row d of the eight is row d * k / 8 + i: each is read on from row to row without a break, and no two lie in one page, where
 // their prefetchers would get into each other's way (rows of 1 KiB: 21 GB/s this way, 12 as eight neighbours, of the 24 that one core reads).
-INLINE void streams(int m, int wt, int xt, const float *x, long x_stride, const char *w, long stride, long k, long from, long to, float *y, long y_stride) {
+INLINE void streams(int m, int wt, const float *x, long x_stride, const char *w, long stride, long k, long from, long to, float *y, long y_stride) {
   long apart = k / DEEP;
   for (long i = 0; i < apart; i++) {
     const char *wi = w + size_of(wt) * i * stride;
     long n = from, step = apart * stride;
 #if HAVE_DOT
-    // Two rows of w at a time as pairs, where x is of bf16 anyway: less than half the instructions of widening both.
-    if (wt == BF16 && xt == BF16) {
+    // Two rows of w at a time as pairs (beside weights in bf16 x is of bf16 too): less than half the instructions of widening both.
+    if (wt == BF16) {
       __m512i pairs[FEW][DEEP / 2];
 #pragma GCC unroll 8
       for (int r = 0; r < m; r++)
@@ -242,35 +242,23 @@ INLINE void streams(int m, int wt, int xt, const float *x, long x_stride, const 
     for (int r = 0; r < m; r++)
       for (long n = from; n < to; n++) y[r * y_stride + n] += x[r * x_stride + i] * load_as_1(wt, w, i * stride + n);
 }
-#define STREAMS(M) case M: streams(M, wt, xt, x, x_stride, w, stride, k, from, to, y, y_stride); break;
-INLINE void some_streams(int m, int wt, int xt, const float *x, long x_stride, const char *w, long stride, long k, long from, long to, float *y, long y_stride) {
+#define STREAMS(M) case M: streams(M, wt, x, x_stride, w, stride, k, from, to, y, y_stride); break;
+INLINE void some_streams(int m, int wt, const float *x, long x_stride, const char *w, long stride, long k, long from, long to, float *y, long y_stride) {
   switch (m) { STREAMS(1) STREAMS(2) STREAMS(3) STREAMS(4) }
 }
-static __attribute__((noinline)) void stream(int m, int wt, int xt, const float *x, long xs, const char *w, long s, long k, long from, long to, float *y, long ys) {
-  if (wt == F32) some_streams(m, F32, F32, x, xs, w, s, k, from, to, y, ys);
-  else if (xt == F32) some_streams(m, BF16, F32, x, xs, w, s, k, from, to, y, ys);
-  else some_streams(m, BF16, BF16, x, xs, w, s, k, from, to, y, ys);
+static __attribute__((noinline)) void stream(int m, int wt, const float *x, long xs, const char *w, long s, long k, long from, long to, float *y, long ys) {
+  if (wt == F32) some_streams(m, F32, x, xs, w, s, k, from, to, y, ys);
+  else some_streams(m, BF16, x, xs, w, s, k, from, to, y, ys);
 }
 
 typedef struct { int64_t expert, first; int rows; } piece;  // up to FEW rows of one expert: grouped places
-
-static void activate_few(const job *j, const float *pre, float *hidden) {
-  long H = j->hidden, i = 0;
-  int act = (int)j->activation;
-  for (; i + LANES <= H; i += LANES) {
-    vf y = activate(act, load(pre + i));
-    if (j->gated) y *= load(pre + H + i);
-    store(hidden + i, y);
-  }
-  for (; i < H; i++) hidden[i] = activate(act, splat(pre[i]))[0] * (j->gated ? pre[H + i] : 1.0f);
-}
 
 // The experts' forward for few rows (see experts.c for many): only chosen experts are read, each of their weights once.
 int moesaic_experts_few(const job *given) {
   job found = *given;
   const job *j = &found;
-  if (!find_sums(&found)) return 1;
   if (!sound(j)) return 2;
+  if (!find_sums(&found)) return 1;
   long D = j->dim, H = j->hidden, W = H * (1 + j->gated), N = 0, pieces = 0, wide = size_of((int)j->w_type);
   for (long e = 0; e < j->experts; e++) N += j->counts[e];
   long floats = up(N * (2 * D + W + H), 16);
@@ -302,12 +290,12 @@ int moesaic_experts_few(const job *given) {
       TICK(GATHER)
       if (parts > 1) continue;
       const char *w_in = (const char *)j->w_in + wide * q.expert * D * W, *w_out = (const char *)j->w_out + wide * q.expert * H * D;
-      stream(q.rows, (int)j->w_type, (int)j->x_type, xq, D, w_in, W, D, from, to, preq, W);
+      stream(q.rows, (int)j->w_type, xq, D, w_in, W, D, from, to, preq, W);
       TICK(PRODUCTS)
-      for (int r = 0; r < q.rows; r++) activate_few(j, preq + r * W, hidden + (q.first + r) * H);
+      for (int r = 0; r < q.rows; r++) activate_row(j, F32, preq + r * W, hidden + (q.first + r) * H);
       TICK(ACTIVATION)
       memset(y + q.first * D, 0, sizeof(float) * q.rows * D);
-      stream(q.rows, (int)j->w_type, (int)j->x_type, hidden + q.first * H, H, w_out, D, H, 0, D, y + q.first * D, D);
+      stream(q.rows, (int)j->w_type, hidden + q.first * H, H, w_out, D, H, 0, D, y + q.first * D, D);
       TICK(PRODUCTS)
     }
     TICK(WAIT)
@@ -316,32 +304,30 @@ int moesaic_experts_few(const job *given) {
       for (long p = 0; p < pieces * parts; p++) {
         piece q = list[p / parts];
         long step = up((W + parts - 1) / parts, 4 * LANES), from = least(W, p % parts * step), to = least(W, from + step);
-        stream(q.rows, (int)j->w_type, (int)j->x_type, x + q.first * D, D, (const char *)j->w_in + wide * q.expert * D * W, W, D, from, to, pre + q.first * W, W);
+        stream(q.rows, (int)j->w_type, x + q.first * D, D, (const char *)j->w_in + wide * q.expert * D * W, W, D, from, to, pre + q.first * W, W);
         TICK(PRODUCTS)
       }
       TICK(WAIT)
 #pragma omp for schedule(dynamic, 1)
-      for (long n = 0; n < N; n++) activate_few(j, pre + n * W, hidden + n * H);
+      for (long n = 0; n < N; n++) activate_row(j, F32, pre + n * W, hidden + n * H);
       TICK(ACTIVATION)
 #pragma omp for schedule(dynamic, 1)
       for (long p = 0; p < pieces * parts; p++) {
         piece q = list[p / parts];
         long step = up((D + parts - 1) / parts, 4 * LANES), from = least(D, p % parts * step), to = least(D, from + step);
         for (int r = 0; r < q.rows; r++) memset(y + (q.first + r) * D + from, 0, sizeof(float) * (to - from));
-        stream(q.rows, (int)j->w_type, (int)j->x_type, hidden + q.first * H, H, (const char *)j->w_out + wide * q.expert * H * D, D, H, from, to, y + q.first * D, D);
+        stream(q.rows, (int)j->w_type, hidden + q.first * H, H, (const char *)j->w_out + wide * q.expert * H * D, D, H, from, to, y + q.first * D, D);
         TICK(PRODUCTS)
       }
       TICK(WAIT)
     }
     long step = up((D + all - 1) / all, LANES), from = least(D, step * me), to = least(D, from + step);
-    for (long t = 0; t < j->tokens && from < to; t++) memset(j->sum + t * D + from, 0, sizeof(float) * (to - from));
+    clear_sums(j, from, to);
     for (long i = 0; i < N; i++) {
       int64_t row = j->order[i];
       for (long d = from; d < to; d++) j->sum[j->token[row] * D + d] += j->weight[row] * y[i * D + d];
     }
-    if ((const void *)j->sum != j->out)
-      for (long t = 0; t < j->tokens; t++)
-        for (long d = from; d < to; d++) ((bf16 *)j->out)[t * D + d] = to_bf16_1(j->sum[t * D + d]);
+    round_sums(j, from, to);
     TICK(COMBINE)
     report(j, clock, all);
   }
