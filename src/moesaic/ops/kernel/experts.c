@@ -13,16 +13,6 @@
 
 typedef struct { int64_t expert, first, rows, part, parts; } task;  // rows: grouped places
 
-// Fresh memory is mapped 4 KiB at a time, 0.24 ms a MiB; asked for in huge pages it costs a few per cent of that.
-static void huge(void *p, size_t size) {
-#if defined(MADV_HUGEPAGE)
-  uintptr_t from = ((uintptr_t)p + 4095) & ~(uintptr_t)4095, to = ((uintptr_t)p + size) & ~(uintptr_t)4095;
-  if (p && size >= (4u << 20)) madvise((void *)from, to - from, MADV_HUGEPAGE);
-#else
-  (void)p, (void)size;
-#endif
-}
-
 // ---- one product on one thread --------------------------------------------------------------------------------------------
 
 typedef struct { void *at; long stride; int type; } target;
@@ -321,7 +311,7 @@ static int go(const job *given, int backward) {
     chunks += chunks_of(j->counts[e], threads);
   }
   long rows = c.starts[E], wave_rows = most(2048, 512 * threads), biggest = least(rows, most(wave_rows, c.deepest));
-  int wide = j->x_type == F32 ? 4 : 2, wt = j->w_type == F32 ? 4 : 2;
+  int wide = j->x_type == F32 ? 4 : 2;
   task *tasks = malloc(sizeof(task) * (chunks + 1)), *more = malloc(sizeof(task) * (2 * E * (long)(2 + 4 * threads) + 1));
   c.token = malloc(sizeof(int64_t) * (rows + 1));
   char *block = scratch(SHARED, (size_t)biggest * (sizeof(float) * D + (backward ? wide * (width + H) : 0)) + 256);
@@ -329,8 +319,6 @@ static int go(const job *given, int backward) {
   if (!failed) {
     c.wave = (float *)block;
     c.dpre = block + up(sizeof(float) * D * biggest, 64), c.scaled = c.dpre + up((long)wide * width * biggest, 64);
-    if (j->pre && !backward) huge(j->pre, (size_t)wide * rows * width);
-    if (backward) huge(j->dw_in, (size_t)wt * E * D * width), huge(j->dw_out, (size_t)wt * E * D * H);
   }
   int short_of_memory = 0;  // not "failed": a thread that starts late must still come to the barrier
 #pragma omp parallel num_threads(threads) if (!failed)
