@@ -61,7 +61,7 @@ def test_another_model_is_noticed(bench: Any) -> None:
     with pytest.raises(common.BenchError, match="not the same"):
         models.check_logits(model, hf, torch.arange(60)[None])
     with pytest.raises(common.BenchError, match="qk_norm"):
-        models.hf_model(models.draw_decoder(config(qk_norm=True), torch.float32))
+        models.hf_model(models.draw_decoder(config(qk_norm="head"), torch.float32))
     moe = MoEConfig(num_experts=8, k=2, hidden=16, shared=1)
     with pytest.raises(common.BenchError, match="shared"):
         models.hf_model(models.draw_decoder(config(moe=moe), torch.float32))

@@ -20,7 +20,7 @@ BIASED = RouterConfig("topk", {"balance_bias": True, "gate_bias": True})
 CONFIGS = {
     name: ModelConfig(vocab_size=11, dim=8, num_layers=2, num_heads=2, hidden=16, max_seq_len=16, moe=moe, **other)
     for name, moe, other in [
-        ("dense", None, {"tie_embeddings": False, "attention_bias": True, "norm": "layernorm", "qk_norm": True}),
+        ("dense", None, {"tie_embeddings": False, "attention_bias": "all", "norm": "layernorm", "qk_norm": "head"}),
         (
             "uneven",
             MoEConfig(num_experts=(3, 5), k=(2, 3), hidden=(4, 6), shared=1, shared_gate=True, router=BIASED),

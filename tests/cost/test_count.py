@@ -10,7 +10,7 @@ from tests.models.tiny import tiny
 
 CONFIGS = {
     "dense": tiny(),
-    "untied": tiny(tie_embeddings=False, norm="layernorm", attention_bias=True, qk_norm=True),
+    "untied": tiny(tie_embeddings=False, norm="layernorm", attention_bias="all", qk_norm="head"),
     "sparse": tiny(MoEConfig(num_experts=4, k=2, hidden=12)),
     "all kinds": tiny(MoEConfig(num_experts=3, k=2, hidden=12, shared=2, shared_gate=True, zero=1, copy=1, constant=2)),
     "lists": tiny(MoEConfig(num_experts=(3, 5), k=(2, 4), hidden=(6, 7), dense_first=1), num_layers=3, gated=False),
@@ -57,8 +57,8 @@ def test_a_sparse_model_by_hand() -> None:
         num_heads=3,
         hidden=10,
         norm="layernorm",
-        attention_bias=True,
-        qk_norm=True,
+        attention_bias="all",
+        qk_norm="head",
         moe=moe,
     )
     count = count_parameters(build_model(config, device="meta"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from moesaic.data.packing import Batch
 from moesaic.errors import ConfigError
 from moesaic.experts import MoE, NeuronExperts
 from moesaic.models import MoEConfig, RouterConfig, build_model
-from moesaic.nn.mlp import ACTIVATIONS, Activation
+from moesaic.nn.mlp import ACTIVATIONS
 from moesaic.ops.permute import group_rows
 from moesaic.plan.plan import count_experts
 from moesaic.train.optim import OptimConfig, make_optimizer
@@ -93,7 +93,7 @@ def test_half_precision_rows_and_single_precision_tables() -> None:
     assert experts.w_in.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("activation", get_args(Activation))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("kinds", [{}, {"shared": 2, "shared_gate": True}, {"zero": 1, "copy": 1, "constant": 2}])
 def test_a_layer_of_them_equals_the_loops(activation: Any, kinds: dict[str, Any]) -> None:
     layer = MoE(8, 1, 12, 3, expert_kind="neuron", activation=activation, **kinds).double()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from moesaic.experts import MoE
-from moesaic.nn.mlp import Activation
+from moesaic.nn.mlp import ACTIVATIONS
 from moesaic.plan import CapacityRule, Gate, RoutingPlan, SoftPlan, force_balanced, from_rows, from_topk, mask_experts
 from moesaic.routing import TokenContext
 from tests.experts.dumb import Scripted, assert_truth
@@ -73,7 +73,7 @@ def test_every_kind_of_expert(kinds: dict[str, Any], gated: bool, backend: str, 
     assert_truth(layer, torch.randn(9, 8, dtype=dtype), losses=ALL_LOSSES, tolerance=tolerance)
 
 
-@pytest.mark.parametrize("activation", get_args(Activation))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("gated", [True, False])
 def test_every_activation(activation: Any, gated: bool) -> None:
     layer = _layer("topk", 2, {}, "loop", torch.float64, activation=activation, gated=gated, shared=1)

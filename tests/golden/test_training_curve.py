@@ -33,7 +33,7 @@ CONFIGS = {
     "dense": replace(_SPARSE, model=replace(_SPARSE.model, moe=None)),
     "topk": _SPARSE,
     "biased, shared, two micro-batches": replace(
-        tiny_config({"qk_norm": True, "tie_embeddings": False}, {"router": _BIASED, "shared": 1}),
+        tiny_config({"qk_norm": "head", "tie_embeddings": False}, {"router": _BIASED, "shared": 1}),
         **{name: getattr(_SPARSE, name) for name in ("steps", "eval_every", "checkpoint_every", "sample_tokens")},
         accumulate=2,
     ),

@@ -26,7 +26,7 @@ CONFIGS = {
     "sparse": SPARSE,
     "window": replace(SPARSE, sliding_window=4),
     "mixed": replace(
-        SPARSE, sliding_window=(3, 0), qk_norm=True, moe=MoEConfig(num_experts=6, k=3, dense_first=1, hidden=24)
+        SPARSE, sliding_window=(3, 0), qk_norm="head", moe=MoEConfig(num_experts=6, k=3, dense_first=1, hidden=24)
     ),
 }
 

@@ -27,7 +27,7 @@ WIDE = ModelConfig(
     num_heads=4,
     hidden=320,
     tie_embeddings=False,
-    attention_bias=True,
+    attention_bias="all",
     moe=MoEConfig(num_experts=4, k=2, hidden=200, shared=1, dense_first=1, constant=1),
 )
 
@@ -128,7 +128,7 @@ def test_settings_reach_the_modules() -> None:
     config = tiny(
         MoEConfig(num_experts=4, hidden=8, backend="loop", shared=1),
         activation="relu",
-        qk_norm=True,
+        qk_norm="head",
         sliding_window=(3, 0),
     )
     model = build_model(config, seed=0)

@@ -26,7 +26,7 @@ CONFIGS = {
     "window in one block": replace(sparse(), sliding_window=(0, 2), num_kv_heads=1),
     "post-norm": replace(sparse(), norm_placement="post", norm="layernorm", tie_embeddings=False),
     "uneven": replace(
-        tiny(num_layers=3, qk_norm=True, attention_bias=True),
+        tiny(num_layers=3, qk_norm="head", attention_bias="all"),
         moe=MoEConfig(num_experts=(3, 5), k=(2, 3), hidden=8, dense_first=1, losses={}),
     ),
     "special": sparse(shared=1, shared_gate=True, zero=1, copy=1, constant=1, k=3),

@@ -46,7 +46,7 @@ CONFIGS = {
     "sigmoid, linear predictor": config(EXPERTS, replace(DEPTH, options={"weight": "sigmoid", "predictor_hidden": 0})),
     "window": config(EXPERTS, sliding_window=3),
     "post-norm": config(EXPERTS, norm_placement="post", norm="layernorm"),
-    "one key head, shared": config(replace(EXPERTS, shared=1, zero=1), num_kv_heads=1, qk_norm=True),
+    "one key head, shared": config(replace(EXPERTS, shared=1, zero=1), num_kv_heads=1, qk_norm="head"),
 }
 # Routers that look back must count positions among the tokens that arrived; loose rows and sub-tokens must come back right.
 ROUTED = {

@@ -56,8 +56,8 @@ CASES = {
     "plain": {},
     "grouped": {"kv": 2},
     "one key head": {"kv": 1},
-    "qk norm": {"qk_norm": True, "kv": 2},
-    "bias": {"bias": True},
+    "qk norm": {"qk_norm": "head", "kv": 2},
+    "bias": {"bias": "all"},
     "window": {"window": 3},
     "window of one": {"window": 1},
     "window wider than the row": {"window": 50},
@@ -65,7 +65,7 @@ CASES = {
     "documents and window": {"documents": [[0, 0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1]], "window": 2},
     "padding left and right": {"valid": [[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]]},
     "padding inside and window": {"valid": [[0, 1, 1, 0, 0, 1, 1], [1, 1, 1, 0, 1, 1, 1]], "window": 2},
-    "everything": {"valid": [[0, 0, 1, 1, 1, 1, 1], [1] * 7], "window": 3, "kv": 2, "qk_norm": True, "bias": True},
+    "everything": {"valid": [[0, 0, 1, 1, 1, 1, 1], [1] * 7], "window": 3, "kv": 2, "qk_norm": "head", "bias": "all"},
 }
 
 
@@ -79,8 +79,8 @@ def test_attention_is_what_is_written_out(case: str) -> None:
         has.get("kv", 4),
         6,
         window=has.get("window"),
-        qk_norm=has.get("qk_norm", False),
-        bias=has.get("bias", False),
+        qk_norm=has.get("qk_norm", "none"),
+        bias=has.get("bias", "none"),
     ).double()
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, std=0.7)
@@ -130,7 +130,7 @@ def test_window_counts_real_tokens_and_not_padding() -> None:
 
 
 def test_initialisation_scales_the_output_projection_only() -> None:
-    attention = Attention(64, 4, 2, 16, bias=True)
+    attention = Attention(64, 4, 2, 16, bias="all")
     attention.reset_parameters(1.0, 0.01)
     assert attention.wo.weight.abs().max() <= 2 * math.sqrt(0.01 / 64) < attention.wq.weight.abs().max()
     assert all(bool((linear.bias == 0).all()) for linear in (attention.wq, attention.wk, attention.wv, attention.wo))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from moesaic.ops.activations import Activation
+from moesaic.ops.activations import ACTIVATIONS
 from moesaic.ops.fused import Sources, as_they_are, experts_mlp
 from moesaic.ops.permute import group_rows
 from moesaic.ops.phases import listen
@@ -61,7 +61,7 @@ def _load(rows: int, E: int) -> Tensor:
 
 
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("activation", get_args(Activation))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(kind: Any, activation: str, gated: bool) -> None:
     check(kind, _load(40, 3), 20, 3, 24, 21, activation=activation, gated=gated)
 

@@ -27,7 +27,7 @@ KINDS = MoEConfig(
 
 
 def everything(**changes: Any) -> Decoder:
-    return build_model(tiny(KINDS, norm="layernorm", attention_bias=True, qk_norm=True, **changes), seed=0)
+    return build_model(tiny(KINDS, norm="layernorm", attention_bias="all", qk_norm="head", **changes), seed=0)
 
 
 def named(model: Decoder) -> dict[str, set[str]]:

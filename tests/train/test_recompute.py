@@ -29,7 +29,7 @@ CONFIGS = {
     "capacity": sparse(capacity=CapacityRule(0.75, minimum=0), losses={"importance": 0.1}),
     "noise": sparse("noisy_topk", losses={"load": 0.1}),
     "sampled second": sparse("gshard"),
-    "dense first, windows": tiny(MoEConfig(num_experts=3, hidden=8, dense_first=1), sliding_window=4, qk_norm=True),
+    "dense first, windows": tiny(MoEConfig(num_experts=3, hidden=8, dense_first=1), sliding_window=4, qk_norm="head"),
 }
 
 

@@ -49,15 +49,29 @@ def part_flops(
             full square computes them.
     """
     parts = {"attention": 0.0, **_ffn_parts(config, num_tokens, num_sequences, per_token)}
-    heads, kv_heads, width = config.num_heads, config.kv_heads, config.heads_dim
-    projections = 2 * config.dim * width * (2 * heads + 2 * kv_heads)
+    projections, per_key = _attention_flops(config)
     for layer in range(config.num_layers):
         share = _share(config, layer)
         length = math.ceil(share * max(1, num_tokens // num_sequences))
         keys = mean_keys(length, config.window(layer)) if causal else float(length)
-        parts["attention"] += share * (projections + 4 * heads * width * keys)
+        parts["attention"] += share * (projections + per_key * keys)
     parts["head"] = 2.0 * config.dim * config.vocab_size
     return parts
+
+
+def _attention_flops(config: ModelConfig) -> tuple[float, float]:
+    """FLOPs of one layer's projections, and of each key a query sees: its score and its value's share.
+
+    Latent attention counts as it trains and reads prompts, with keys and values made for every token.
+    """
+    heads, width = config.num_heads, config.heads_dim
+    if (latent := config.latent) is None:
+        return 2.0 * config.dim * width * (2 * heads + 2 * config.kv_heads), 4.0 * heads * width
+    query = heads * width
+    weights = config.dim * query if latent.q_rank is None else latent.q_rank * (config.dim + query)
+    weights += config.dim * (latent.kv_rank + latent.rope_dim)
+    weights += latent.kv_rank * heads * (latent.nope_dim + latent.value_dim) + heads * latent.value_dim * config.dim
+    return 2.0 * weights, 2.0 * heads * (width + latent.value_dim)
 
 
 def mean_keys(length: int, window: int | None = None) -> float:

@@ -8,6 +8,7 @@ What a cache keeps from one token to the next costs less; a model that fits into
 from __future__ import annotations
 
 from moesaic.cost.count import count_parameters
+from moesaic.models.config import ModelConfig
 from moesaic.models.decoder import Decoder
 
 
@@ -42,4 +43,11 @@ def cache_bytes(model: Decoder, context: float) -> float:
     for layer in range(config.num_layers):
         window = config.window(layer)
         tokens += context if window is None else min(context, window)
-    return tokens * 2 * config.kv_heads * config.heads_dim * size
+    return tokens * cache_width(config) * size
+
+
+def cache_width(config: ModelConfig) -> int:
+    """Numbers the cache holds per token in one layer: keys and values of every head, or with latent attention one vector."""
+    if config.latent is not None:
+        return config.latent.kv_rank + config.latent.rope_dim
+    return 2 * config.kv_heads * config.heads_dim

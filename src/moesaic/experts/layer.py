@@ -43,7 +43,9 @@ class MoE(nn.Module):
         experts: feed-forward experts.
         k: experts per token.
         router: a name in ``routing.ROUTERS`` or a ready ``Router``; ``router_options`` go to the named one.
-        shared: shared experts (one network of ``shared * hidden``); ``shared_gate`` scales it by a sigmoid per token.
+        shared: shared experts (one network of ``shared * hidden``, or of ``shared_hidden``); ``shared_gate`` scales it by a
+            sigmoid per token.
+        expert_bias: biases in both products of every expert.
         zero, copy, constant: zero-computation experts, added after the feed-forward ones; the router sees them all.
         capacity: drop rows over capacity by this rule; None is dropless.
         backend: of the grouped products.
@@ -74,6 +76,8 @@ class MoE(nn.Module):
         *,
         shared: int = 0,
         shared_gate: bool = False,
+        shared_hidden: int | None = None,
+        expert_bias: bool = False,
         zero: int = 0,
         copy: int = 0,
         constant: int = 0,
@@ -118,11 +122,15 @@ class MoE(nn.Module):
                 raise ConfigError(
                     f"expert_dropout={expert_dropout} drops hidden units, and neurons have one; use expert_masking."
                 )
+            if expert_bias:
+                raise ConfigError('expert_bias=True does not go with expert_kind="neuron".')
             stacked = NeuronExperts(experts, dim, activation)
         else:
-            stacked = StackedExperts(experts, dim, hidden, activation, gated, backend, expert_dropout)
+            stacked = StackedExperts(experts, dim, hidden, activation, gated, backend, expert_dropout, expert_bias)
         self.experts = WithSpecialExperts(stacked, zero, copy, constant) if special else stacked
-        self.shared = SharedExperts(shared, dim, hidden, activation, gated, shared_gate) if shared else None
+        self.shared = (
+            SharedExperts(shared, dim, hidden, activation, gated, shared_gate, shared_hidden) if shared else None
+        )
         if capacity is not None:
             _check_capacity(capacity, self.router)
         self.capacity = capacity

@@ -116,6 +116,7 @@ class SharedExperts(nn.Module):
 
     Args:
         gated_output: multiply the output by ``sigmoid(x w)``, a scalar per token (Qwen2-MoE).
+        width: of the network, where it is not ``count * hidden``.
     """
 
     def __init__(
@@ -126,9 +127,10 @@ class SharedExperts(nn.Module):
         activation: Activation = "silu",
         gated: bool = True,
         gated_output: bool = False,
+        width: int | None = None,
     ) -> None:
         super().__init__()
-        self.mlp = MLP(dim, count * hidden, activation, gated)
+        self.mlp = MLP(dim, width or count * hidden, activation, gated)
         self.output_gate = Linear(dim, 1, bias=False) if gated_output else None
 
     def reset_parameters(self, scale: float = 1.0, out_scale: float = 1.0) -> None:

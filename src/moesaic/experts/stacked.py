@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moesaic.errors import ConfigError, one_of
 from moesaic.nn.linear import init_fan_in_
-from moesaic.nn.mlp import ACTIVATIONS, Activation, apply_activation
+from moesaic.nn.mlp import ACTIVATIONS, GATES, Activation, apply_activation
 from moesaic.ops.fused import Sources, as_they_are, experts_mlp
 from moesaic.ops.grouped import BACKENDS, Backend, grouped_mm
 from moesaic.ops.pages import prefer_huge
@@ -32,6 +32,8 @@ class StackedExperts(nn.Module):
         backend: "kernel" or "tiles" (``ops/fused.py``); "loop", "grouped_mm" or "reference" products (``ops/grouped.py``);
             "auto" takes the kernel on the processor where there is one, else tiles; and ``grouped_mm`` on a GPU.
         dropout: in training, share of hidden units set to 0 (Switch fine-tunes with 0.4 here and 0.1 elsewhere).
+        bias: ``b_in`` (E, 2H or H) and ``b_out`` (E, D) after the products (gpt-oss). The fused operations know no biases, so
+            such experts work on rows.
     """
 
     def __init__(
@@ -43,18 +45,23 @@ class StackedExperts(nn.Module):
         gated: bool = True,
         backend: Backend = "auto",
         dropout: float = 0.0,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         if not 0 <= dropout < 1:
             raise ConfigError(f"Dropout inside experts must be at least 0 and below 1, not {dropout}.")
-        one_of("activation", activation, ACTIVATIONS)
+        one_of("activation", activation, [*ACTIVATIONS, *(GATES if gated else ())])
         one_of("backend", backend, BACKENDS)
+        if backend in ("kernel", "tiles") and (bias or activation in GATES):
+            raise ConfigError(f'backend="{backend}" knows neither biases nor "{activation}"; use "auto".')
         self.num_experts, self.dim, self.hidden = num_experts, dim, hidden
         self.activation, self.gated = activation, gated
         self.backend: Backend = backend
         self.dropout = dropout
         self.w_in = nn.Parameter(prefer_huge(torch.empty(num_experts, dim, hidden * (2 if gated else 1))))
         self.w_out = nn.Parameter(prefer_huge(torch.empty(num_experts, hidden, dim)))
+        self.b_in = nn.Parameter(torch.zeros(num_experts, self.w_in.shape[2])) if bias else None
+        self.b_out = nn.Parameter(torch.zeros(num_experts, dim)) if bias else None
         self.reset_parameters()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StackedExperts:
@@ -76,6 +83,9 @@ class StackedExperts(nn.Module):
             generator = torch.Generator(self.w_in.device).manual_seed(base + expert)
             init_fan_in_(self.w_in.data[expert], self.dim, scale, generator)
             init_fan_in_(self.w_out.data[expert], self.hidden, scale * out_scale, generator)
+        for bias in (self.b_in, self.b_out):
+            if bias is not None:
+                nn.init.zeros_(bias)
 
     def forward(self, x: Tensor, counts_E: Tensor, sources: Sources | None = None) -> Tensor:
         """Rows grouped by expert, (N, D) to (N, D), in ``x``'s dtype; with ``sources`` tokens to tokens, (T, D) to (T, D)."""
@@ -84,29 +94,47 @@ class StackedExperts(nn.Module):
                 x, self.w_in, self.w_out, counts_E, sources or as_they_are(x), self.activation, self.gated,
                 "kernel" if self.backend == "kernel" else "tiles" if self.backend == "tiles" else None,
             )  # fmt: skip
-        hidden = grouped_mm(x, self.w_in.to(x.dtype), counts_E, self.backend)
+        hidden = _shifted(grouped_mm(x, self.w_in.to(x.dtype), counts_E, self.backend), self.b_in, counts_E)
         hidden = apply_activation(hidden, self.activation, self.gated)
         if self.dropout and self.training:
             hidden = F.dropout(hidden, self.dropout)
-        return grouped_mm(hidden, self.w_out.to(x.dtype), counts_E, self.backend)
+        return _shifted(grouped_mm(hidden, self.w_out.to(x.dtype), counts_E, self.backend), self.b_out, counts_E)
 
     def fuses(self, x: Tensor) -> bool:
         """Whether gather, experts and combine of such tokens are one operation here: ``forward`` with ``sources``."""
         if (self.dropout and self.training) or type(self).forward is not StackedExperts.forward:
             return False  # a subclass with a forward of its own knows rows alone
+        if self.b_in is not None or self.activation in GATES:
+            return False
         return self.backend in ("kernel", "tiles") or (self.backend == "auto" and x.device.type == "cpu")
 
     def expert(self, index: int) -> dict[str, Tensor]:
-        """Named views of one expert's matrices: ``gate`` and ``up`` (D, H) or ``in`` (D, H), and ``out`` (H, D)."""
+        """Named views of one expert's matrices: ``gate`` and ``up`` (D, H) or ``in`` (D, H), and ``out`` (H, D).
+
+        With biases also ``gate_bias`` and ``up_bias`` (H,) or ``in_bias``, and ``out_bias`` (D,).
+        """
         if not 0 <= index < self.num_experts:
             raise ConfigError(f"There is no expert {index}: this layer has experts 0 to {self.num_experts - 1}.")
-        w_in, w_out = self.w_in[index], self.w_out[index]
-        if not self.gated:
-            return {"in": w_in, "out": w_out}
-        gate, up = w_in.chunk(2, dim=-1)
-        return {"gate": gate, "up": up, "out": w_out}
+        names = ("gate", "up") if self.gated else ("in",)
+        views = dict(zip(names, self.w_in[index].chunk(len(names), dim=-1), strict=True)) | {"out": self.w_out[index]}
+        if self.b_in is not None and self.b_out is not None:
+            biases = zip(names, self.b_in[index].chunk(len(names)), strict=True)
+            views |= {f"{name}_bias": bias for name, bias in biases} | {"out_bias": self.b_out[index]}
+        return views
 
     def compute_one(self, index: int, x_ND: Tensor) -> Tensor:
         """One expert on rows (N, D), by plain products: the specification of ``forward`` for a single group, dropout aside."""
-        hidden = apply_activation(x_ND @ self.w_in[index].to(x_ND.dtype), self.activation, self.gated)
-        return hidden @ self.w_out[index].to(x_ND.dtype)
+        hidden = x_ND @ self.w_in[index].to(x_ND.dtype)
+        if self.b_in is not None:
+            hidden = hidden + self.b_in[index].to(x_ND.dtype)
+        y_ND = apply_activation(hidden, self.activation, self.gated) @ self.w_out[index].to(x_ND.dtype)
+        return y_ND if self.b_out is None else y_ND + self.b_out[index].to(x_ND.dtype)
+
+
+def _shifted(y_NW: Tensor, bias_EW: Tensor | None, counts_E: Tensor) -> Tensor:
+    """Rows plus their expert's bias; rows past the last group stay as they are. No host synchronisation."""
+    if bias_EW is None:
+        return y_NW
+    row_N = torch.arange(y_NW.shape[0], device=y_NW.device)
+    expert_N = torch.searchsorted(counts_E.cumsum(0), row_N, right=True)  # E past the last group
+    return y_NW + F.pad(bias_EW.to(y_NW.dtype), (0, 0, 0, 1))[expert_N]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moesaic.experts.layer import MoE
 from moesaic.nn.attention import Attention, AttentionContext
+from moesaic.nn.latent import LatentAttention
 from moesaic.nn.mlp import MLP
 from moesaic.plan.plan import RoutingPlan, SoftPlan
 from moesaic.routing import TokenContext
@@ -24,7 +25,7 @@ class Block(nn.Module):
 
     def __init__(
         self,
-        attention: Attention,
+        attention: Attention | LatentAttention,
         ffn: MLP | MoE,
         norm1: nn.Module,
         norm2: nn.Module,

@@ -28,6 +28,7 @@ from moesaic.models.decoder import Decoder
 from moesaic.models.depth import DepthBlock
 from moesaic.models.lint import by_severity, lint_layer
 from moesaic.nn.attention import Attention
+from moesaic.nn.latent import LatentAttention
 from moesaic.nn.linear import Linear, init_fan_in_
 from moesaic.nn.mlp import MLP
 from moesaic.nn.norm import make_norm
@@ -76,7 +77,31 @@ def _warn(model: Decoder) -> None:
 
 
 def _block(config: ModelConfig, layer: int) -> Block:
-    attention = Attention(
+    attention = _attention(config, layer)
+    norms = [make_norm(config.norm, config.dim, config.norm_eps) for _ in range(2)]
+    rest = (build_ffn(config, layer), norms[0], norms[1], config.norm_placement)
+    if config.depth is None or layer not in config.depth_layers:
+        return Block(attention, *rest)
+    assert isinstance(attention, Attention)
+    return DepthBlock(attention, *rest, build_depth_router(config.dim, config.depth))
+
+
+def _attention(config: ModelConfig, layer: int) -> Attention | LatentAttention:
+    if (latent := config.latent) is not None:
+        scale = 1.0 if config.rope_scaling is None else config.rope_scaling.score_scale
+        return LatentAttention(
+            config.dim,
+            config.num_heads,
+            kv_rank=latent.kv_rank,
+            q_rank=latent.q_rank,
+            nope_dim=latent.nope_dim,
+            rope_dim=latent.rope_dim,
+            value_dim=latent.value_dim,
+            layer=layer,
+            bias=config.attention_bias == "all",
+            score_scale=scale,
+        )
+    return Attention(
         config.dim,
         config.num_heads,
         config.kv_heads,
@@ -85,13 +110,10 @@ def _block(config: ModelConfig, layer: int) -> Block:
         window=config.window(layer),
         qk_norm=config.qk_norm,
         bias=config.attention_bias,
+        clip=config.clip_qkv,
+        sinks=config.attention_sinks,
         eps=config.norm_eps,
     )
-    norms = [make_norm(config.norm, config.dim, config.norm_eps) for _ in range(2)]
-    parts = (attention, build_ffn(config, layer), norms[0], norms[1], config.norm_placement)
-    if config.depth is None or layer not in config.depth_layers:
-        return Block(*parts)
-    return DepthBlock(*parts, build_depth_router(config.dim, config.depth))
 
 
 def build_depth_router(dim: int, depth: DepthConfig) -> DepthRouter:
@@ -117,7 +139,7 @@ def build_ffn(config: ModelConfig, layer: int) -> MLP | MoE:
     """The feed-forward layer of one block, not initialised. Raises ``ConfigError`` for what a decoder must not hold."""
     moe = config.moe
     if moe is None or layer not in config.moe_layers:
-        return MLP(config.dim, pick(config.hidden, layer), config.activation, config.gated)
+        return MLP(config.dim, pick(config.hidden, layer), config.activation, config.gated, config.mlp_bias)
     i = config.moe_layers.index(layer)
     kind = MoE if moe.heads == 1 else partial(MultiHeadMoE, heads=moe.heads)
     sparse = kind(
@@ -129,6 +151,8 @@ def build_ffn(config: ModelConfig, layer: int) -> MLP | MoE:
         _router_options(config, moe.router),
         shared=moe.shared,
         shared_gate=moe.shared_gate,
+        shared_hidden=moe.shared_hidden,
+        expert_bias=moe.expert_bias,
         zero=moe.zero,
         copy=moe.copy,
         constant=moe.constant,

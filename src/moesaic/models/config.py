@@ -12,6 +12,7 @@ from moesaic.errors import ConfigError
 from moesaic.experts.neurons import ExpertKind
 from moesaic.nn.mlp import Activation
 from moesaic.nn.norm import NormKind
+from moesaic.nn.rope import RopeScaling
 from moesaic.ops.grouped import Backend
 from moesaic.plan.capacity import CapacityRule
 from moesaic.routing.balance import Scope
@@ -45,8 +46,11 @@ class MoEConfig:
         hidden: width of one expert.
         dense_first: this many first layers stay dense (DeepSeek: 1 or 3).
         every: of the layers after those, every n-th is sparse (the n-th first; 1 = all).
+        layers: the sparse layers by index, in order, where no such rule says it; overrides the two above.
         router: the router and its options.
         shared, shared_gate: shared experts of the same width; optionally scaled by a sigmoid per token.
+        shared_hidden: width of the shared network where it is no multiple of ``hidden``; None is ``shared * hidden``.
+        expert_bias: biases in both products of every expert (gpt-oss).
         zero, copy, constant: zero-computation experts.
         heads: sub-tokens each token is cut into, each routed by itself (multi-head MoE); 1 routes whole tokens.
         capacity: drop rule; None is dropless.
@@ -67,9 +71,12 @@ class MoEConfig:
     hidden: int | tuple[int, ...] = 512
     dense_first: int = 0
     every: int = 1
+    layers: tuple[int, ...] | None = None
     router: RouterConfig = field(default_factory=RouterConfig)
     shared: int = 0
     shared_gate: bool = False
+    shared_hidden: int | None = None
+    expert_bias: bool = False
     zero: int = 0
     copy: int = 0
     constant: int = 0
@@ -85,6 +92,25 @@ class MoEConfig:
     expert_masking: float = 0.0
     gating_dropout: float = 0.0
     gating_groups: int = 1
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """Multi-head latent attention (DeepSeek-V2): keys and values are made from one short vector per token, which is all the
+    cache holds.
+
+    Attributes:
+        kv_rank: width of that vector.
+        q_rank: width of the queries' own bottleneck; None projects them directly.
+        nope_dim, rope_dim: parts of a head's query and key without and with rotary positions.
+        value_dim: width of a head's value.
+    """
+
+    kv_rank: int
+    q_rank: int | None = None
+    nope_dim: int = 128
+    rope_dim: int = 64
+    value_dim: int = 128
 
 
 @dataclass(frozen=True)
@@ -118,7 +144,13 @@ class ModelConfig:
         activation, gated: of all feed-forward networks, experts included.
         norm, norm_eps, norm_placement: "pre" (default of every production MoE) or "post".
         rope_theta, max_seq_len: rotary base and longest context.
-        qk_norm, attention_bias: RMSNorm per head on queries and keys; biases in attention projections.
+        rope_scaling: how positions beyond those of pre-training are turned, or None.
+        qk_norm: RMSNorm on queries and keys, per "head" (Qwen3) or over the whole "projection" (OLMoE).
+        attention_bias: biases in the "qkv" projections (Qwen2) or in "all" four.
+        mlp_bias: biases in dense feed-forward layers.
+        clip_qkv: queries, keys and values are clamped to plus and minus this; None leaves them.
+        attention_sinks: one trained logit per head that takes part in the softmax and has no value (gpt-oss).
+        latent: multi-head latent attention instead of grouped queries, or None; ``num_kv_heads`` and ``head_dim`` stay None.
         sliding_window: tokens a query may look back, itself included; None or 0 is full; a list gives one per block.
         tie_embeddings: one matrix for embedding and head.
         init_scale: variance scale of the fan-in initialisation (Switch Transformer: 0.1).
@@ -140,8 +172,13 @@ class ModelConfig:
     norm_placement: Literal["pre", "post"] = "pre"
     rope_theta: float = 10000.0
     max_seq_len: int = 1024
-    qk_norm: bool = False
-    attention_bias: bool = False
+    rope_scaling: RopeScaling | None = None
+    qk_norm: Literal["none", "head", "projection"] = "none"
+    attention_bias: Literal["none", "qkv", "all"] = "none"
+    mlp_bias: bool = False
+    clip_qkv: float | None = None
+    attention_sinks: bool = False
+    latent: LatentConfig | None = None
     sliding_window: int | tuple[int, ...] | None = None
     tie_embeddings: bool = True
     init_scale: float = 1.0
@@ -153,16 +190,22 @@ class ModelConfig:
             _at_least(f"model.{name}", getattr(self, name), 1)
         if self.num_layers > _MOST_LAYERS:  # checked before anything enumerates layers: a hostile file may say 10**12
             raise ConfigError(f"model.num_layers={self.num_layers} is more than the {_MOST_LAYERS} this code allows.")
-        if self.head_dim is None and self.dim % self.num_heads:
+        if self.latent is not None:
+            _check_latent(self, self.latent)
+        elif self.head_dim is None and self.dim % self.num_heads:
             raise ConfigError(
                 f"model.dim={self.dim} is not a multiple of model.num_heads={self.num_heads}; change one or set model.head_dim."
             )
-        if self.heads_dim % 2:
-            raise ConfigError(f"The head width must be even for rotary positions, not {self.heads_dim}.")
+        if self.rope_dim % 2:
+            raise ConfigError(f"The head width must be even for rotary positions, not {self.rope_dim}.")
         if self.kv_heads < 1 or self.num_heads % self.kv_heads:
             raise ConfigError(f"model.num_kv_heads={self.kv_heads} must divide model.num_heads={self.num_heads}.")
         if not self.norm_eps > 0 or not self.init_scale > 0 or not self.rope_theta > 0:
             raise ConfigError("model.norm_eps, model.init_scale and model.rope_theta must be above 0.")
+        if self.clip_qkv is not None and not self.clip_qkv > 0:
+            raise ConfigError(f"model.clip_qkv must be above 0, not {self.clip_qkv}; null does not clip.")
+        if self.activation == "clamped_swiglu" and not self.gated:
+            raise ConfigError('model.activation="clamped_swiglu" is a gate; set model.gated=true.')
         _per_layer("model.hidden", self.hidden, self.num_layers, 1)
         if self.sliding_window is not None:
             _per_layer("model.sliding_window", self.sliding_window, self.num_layers, 0)
@@ -173,8 +216,15 @@ class ModelConfig:
 
     @property
     def heads_dim(self) -> int:
-        """Width of one head."""
+        """Width of one head; with latent attention, of its query and key."""
+        if self.latent is not None:
+            return self.latent.nope_dim + self.latent.rope_dim
         return self.head_dim or self.dim // self.num_heads
+
+    @property
+    def rope_dim(self) -> int:
+        """Width of what rotary positions turn in a head."""
+        return self.heads_dim if self.latent is None else self.latent.rope_dim
 
     @property
     def kv_heads(self) -> int:
@@ -186,6 +236,8 @@ class ModelConfig:
         """Indices of the sparse blocks."""
         if self.moe is None:
             return ()
+        if self.moe.layers is not None:
+            return self.moe.layers
         first, every = self.moe.dense_first, self.moe.every
         return tuple(i for i in range(first, self.num_layers) if (i - first + 1) % every == 0)
 
@@ -209,8 +261,31 @@ def pick(value: int | tuple[int, ...], index: int) -> int:
     return value if isinstance(value, int) else value[index]
 
 
+def _check_latent(config: ModelConfig, latent: LatentConfig) -> None:
+    for name in ("kv_rank", "nope_dim", "rope_dim", "value_dim"):
+        _at_least(f"model.latent.{name}", getattr(latent, name), 1)
+    _at_least("model.latent.q_rank", 1 if latent.q_rank is None else latent.q_rank, 1)
+    if config.num_kv_heads is not None or config.head_dim is not None:
+        raise ConfigError(
+            "model.latent has head widths of its own and no key/value heads; leave num_kv_heads and head_dim null."
+        )
+    for name, off in (("qk_norm", "none"), ("attention_sinks", False), ("sliding_window", None), ("clip_qkv", None)):
+        if getattr(config, name) != off:
+            raise ConfigError(f"model.{name}={getattr(config, name)!r} does not go with model.latent; leave it out.")
+    if config.depth is not None:
+        raise ConfigError("model.depth does not go with model.latent; leave one of them null.")
+    if config.attention_bias == "qkv":
+        raise ConfigError('model.attention_bias must be "none" or "all" with model.latent.')
+
+
 def _check_moe(config: ModelConfig, moe: MoEConfig) -> None:
     _at_least("model.moe.every", moe.every, 1)
+    if moe.layers is not None and (
+        sorted(set(moe.layers)) != list(moe.layers) or not all(0 <= i < config.num_layers for i in moe.layers)
+    ):
+        raise ConfigError(
+            f"model.moe.layers must list blocks 0 to {config.num_layers - 1} in order, each once, not {list(moe.layers)}."
+        )
     for name in ("dense_first", "shared", "zero", "copy", "constant"):
         _at_least(f"model.moe.{name}", getattr(moe, name), 0)
     _at_least("model.moe.heads", moe.heads, 1)
@@ -238,6 +313,12 @@ def _check_moe(config: ModelConfig, moe: MoEConfig) -> None:
                 f'model.moe.expert_kind="neuron" has experts of one hidden unit, so model.moe.hidden must be 1, not '
                 f"{pick(moe.hidden, i)}."
             )
+    if moe.shared_hidden is not None:
+        _at_least("model.moe.shared_hidden", moe.shared_hidden, 1)
+        if not moe.shared:
+            raise ConfigError("model.moe.shared_hidden needs a shared expert; set model.moe.shared=1.")
+    if moe.expert_bias and moe.expert_kind == "neuron":
+        raise ConfigError('model.moe.expert_bias does not go with expert_kind="neuron".')
     if moe.shared_gate and not moe.shared:
         raise ConfigError("model.moe.shared_gate needs at least one shared expert; set model.moe.shared=1.")
     for name, coefficient in moe.losses.items():

@@ -124,6 +124,9 @@ class Decoder(nn.Module):
         """An empty key/value cache for ``batch`` rows of up to ``max_len`` positions, padding included."""
         cfg, weight = self.config, self.embedding.weight
         dtype = self.compute_dtype or weight.dtype
+        if cfg.latent is not None:  # one vector per token, whatever the number of heads
+            width = cfg.latent.kv_rank + cfg.latent.rope_dim
+            return KVCache(cfg.num_layers, batch, max_len, 1, width, dtype, weight.device, value_dim=0)
         return KVCache(cfg.num_layers, batch, max_len, cfg.kv_heads, cfg.heads_dim, dtype, weight.device)
 
     def moe_layers(self) -> dict[int, MoE]:
@@ -144,7 +147,8 @@ class Decoder(nn.Module):
     def _attention_context(
         self, position_BS: Tensor, valid_BS: Tensor | None, document_BS: Tensor | None, cache: KVCache | None
     ) -> AttentionContext:
-        cos, sin = rope_tables(position_BS, self.config.heads_dim, self.config.rope_theta)
+        cfg = self.config
+        cos, sin = rope_tables(position_BS, cfg.rope_dim, cfg.rope_theta, cfg.rope_scaling)
         place, key_position_BL, key_valid_BL = None, position_BS, valid_BS
         if cache is not None:
             seen_padding = cache.has_padding or valid_BS is not None

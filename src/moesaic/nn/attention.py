@@ -6,6 +6,7 @@ Legend: B batch, S queries, L keys (L = S without a cache), H heads, G key/value
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,10 @@ class Attention(nn.Module):
 
     Args:
         window: a query sees itself and the ``window - 1`` tokens before it; None sees all.
-        qk_norm: RMSNorm over each head's query and key before rotation (Qwen3, OLMoE style per head).
+        qk_norm: RMSNorm on queries and keys before rotation, over each "head" (Qwen3) or the whole "projection" (OLMoE).
+        bias: of which projections.
+        clip: queries, keys and values are clamped to plus and minus this (OLMoE); None leaves them.
+        sinks: one trained logit per head takes part in the softmax and has no value (gpt-oss).
     """
 
     def __init__(
@@ -51,19 +55,23 @@ class Attention(nn.Module):
         *,
         layer: int = 0,
         window: int | None = None,
-        qk_norm: bool = False,
-        bias: bool = False,
+        qk_norm: Literal["none", "head", "projection"] = "none",
+        bias: Literal["none", "qkv", "all"] = "none",
+        clip: float | None = None,
+        sinks: bool = False,
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.layer, self.window = layer, window
-        self.wq = Linear(dim, num_heads * head_dim, bias=bias)
-        self.wk = Linear(dim, num_kv_heads * head_dim, bias=bias)
-        self.wv = Linear(dim, num_kv_heads * head_dim, bias=bias)
-        self.wo = Linear(num_heads * head_dim, dim, bias=bias)
-        self.q_norm = RMSNorm(head_dim, eps) if qk_norm else None
-        self.k_norm = RMSNorm(head_dim, eps) if qk_norm else None
+        self.wq = Linear(dim, num_heads * head_dim, bias=bias != "none")
+        self.wk = Linear(dim, num_kv_heads * head_dim, bias=bias != "none")
+        self.wv = Linear(dim, num_kv_heads * head_dim, bias=bias != "none")
+        self.wo = Linear(num_heads * head_dim, dim, bias=bias == "all")
+        self.norm_per_head, self.clip = qk_norm == "head", clip
+        widths = (head_dim, head_dim) if self.norm_per_head else (num_heads * head_dim, num_kv_heads * head_dim)
+        self.q_norm, self.k_norm = (None if qk_norm == "none" else RMSNorm(width, eps) for width in widths)
+        self.sinks = nn.Parameter(torch.zeros(num_heads)) if sinks else None
 
     def reset_parameters(self, scale: float, out_scale: float) -> None:
         """Fan-in initialisation, zero biases; ``out_scale`` multiplies the variance of the output projection."""
@@ -71,15 +79,23 @@ class Attention(nn.Module):
             init_fan_in_(linear.weight, linear.in_features, scale * (out_scale if linear is self.wo else 1.0))
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
+        if self.sinks is not None:
+            nn.init.zeros_(self.sinks)
 
     def forward(self, x_BSD: Tensor, ctx: AttentionContext) -> Tensor:
         """(B, S, D) to (B, S, D)."""
         B, S, _ = x_BSD.shape
-        q_BSHR = self.wq(x_BSD).view(B, S, self.num_heads, self.head_dim)
-        k_BSGR = self.wk(x_BSD).view(B, S, self.num_kv_heads, self.head_dim)
-        v_BGSR = self.wv(x_BSD).view(B, S, self.num_kv_heads, self.head_dim).transpose(1, 2)
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BSHR, k_BSGR = self.q_norm(q_BSHR), self.k_norm(k_BSGR)
+        q, k, v = self.wq(x_BSD), self.wk(x_BSD), self.wv(x_BSD)
+        normed = self.q_norm is not None and self.k_norm is not None
+        if normed and not self.norm_per_head:
+            q, k = self.q_norm(q), self.k_norm(k)  # type: ignore[misc]
+        if self.clip is not None:
+            q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
+        q_BSHR = q.view(B, S, self.num_heads, self.head_dim)
+        k_BSGR = k.view(B, S, self.num_kv_heads, self.head_dim)
+        v_BGSR = v.view(B, S, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        if normed and self.norm_per_head:
+            q_BSHR, k_BSGR = self.q_norm(q_BSHR), self.k_norm(k_BSGR)  # type: ignore[misc]
         # Queries and keys turn together: a decoded token pays by the operation, not by the number.
         turned = rotate(torch.cat([q_BSHR, k_BSGR], dim=2).transpose(1, 2), ctx.cos, ctx.sin)
         q_BHSR, k_BGSR = turned.split([self.num_heads, self.num_kv_heads], dim=1)
@@ -92,13 +108,39 @@ class Attention(nn.Module):
         if grouped and S == 1:
             # The queries of a group are rows over the same keys: one product each, where repeated heads cost 7 times as much.
             q_BHSR, grouped = q_BHSR.reshape(B, self.num_kv_heads, -1, self.head_dim), False
-        y_BHSR = F.scaled_dot_product_attention(
-            q_BHSR, k_BGSR, v_BGSR, attn_mask=mask, is_causal=mask is None and S > 1, enable_gqa=grouped
-        )
+        if self.sinks is not None:
+            y_BHSR = attend_with_sinks(q_BHSR, k_BGSR, v_BGSR, self.sinks, mask, causal=mask is None and S > 1)
+        else:
+            y_BHSR = F.scaled_dot_product_attention(
+                q_BHSR, k_BGSR, v_BGSR, attn_mask=mask, is_causal=mask is None and S > 1, enable_gqa=grouped
+            )
         if S > 1:
             y_BHSR = y_BHSR.transpose(1, 2)  # with S = 1 heads are side by side already, grouped or not
         y: Tensor = self.wo(y_BHSR.reshape(B, S, self.num_heads * self.head_dim))
         return y
+
+
+def attend_with_sinks(
+    q_BHSR: Tensor, k_BGLR: Tensor, v_BGLR: Tensor, sink_H: Tensor, mask: Tensor | None, *, causal: bool
+) -> Tensor:
+    """Attention whose softmax has one more term per head, ``exp(sink)``, that no value belongs to (gpt-oss).
+
+    ``q`` may have the G heads of the keys, its own heads then being rows: ``sink_H`` follows heads in that order.
+    """
+    B, H, S, R = q_BHSR.shape
+    G, L = k_BGLR.shape[1:3]
+    rows_BGNR = q_BHSR.reshape(B, G, H // G * S, R)
+    scores_BGNL = (rows_BGNR @ k_BGLR.transpose(2, 3)).to(
+        sink_H.dtype if sink_H.dtype == torch.float64 else torch.float32
+    )
+    scores = scores_BGNL.view(B, H, S, L) * R**-0.5
+    sink = sink_H.to(scores.dtype).view(1, H, -1, 1)
+    if causal:
+        mask = torch.ones(S, L, dtype=torch.bool, device=scores.device).tril(L - S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weights = torch.cat([scores, sink.expand(B, H, S, 1)], dim=-1).softmax(dim=-1)[..., :-1].to(v_BGLR.dtype)
+    return (weights.view(B, G, -1, L) @ v_BGLR).view(B, H, S, R)
 
 
 def attention_mask(

@@ -1,6 +1,6 @@
 """The key/value cache of one generation: preallocated tensors per layer, and what each position holds.
 
-Legend: B batch, L positions held, H key/value heads, R head width.
+Legend: B batch, L positions held, H key/value heads, R head width (of values, where it differs, ``value_dim``).
 """
 
 from __future__ import annotations
@@ -33,10 +33,13 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        value_dim: int | None = None,
     ) -> None:
-        shape = (batch, num_kv_heads, max_len, head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        def store(width: int) -> list[Tensor]:
+            shape = (batch, num_kv_heads, max_len, width)
+            return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+
+        self.keys, self.values = store(head_dim), store(head_dim if value_dim is None else value_dim)
         self.valid_BL = torch.zeros(batch, max_len, dtype=torch.bool, device=device)
         self.position_BL = torch.zeros(batch, max_len, dtype=torch.int64, device=device)
         self.held: dict[int, Tensor] = {}

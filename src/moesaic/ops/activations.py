@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "squared_relu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "squared_relu", "clamped_swiglu"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -18,6 +18,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "squared_relu": lambda x: F.relu(x).square(),
 }
+
+
+def clamped_swiglu(gate: Tensor, up: Tensor, alpha: float = 1.702, limit: float = 7.0) -> Tensor:
+    """``(up + 1) * gate * sigmoid(alpha * gate)`` with ``gate <= limit`` and ``|up| <= limit`` (gpt-oss)."""
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (up + 1) * gate * torch.sigmoid(alpha * gate)
+
+
+# Of gate and up together, where the product is not ``act(gate) * up``. The fused operations do not know them.
+GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"clamped_swiglu": clamped_swiglu}
 
 _aten = torch.ops.aten
 # (gradient of the output, input) to gradient of the input: what autograd calls, for operators that run below autograd.
@@ -35,7 +45,7 @@ def apply_activation(hidden: Tensor, activation: str, gated: bool) -> Tensor:
     if not gated:
         return ACTIVATIONS[activation](hidden)
     gate, up = hidden.chunk(2, dim=-1)
-    return ACTIVATIONS[activation](gate) * up
+    return GATES[activation](gate, up) if activation in GATES else ACTIVATIONS[activation](gate) * up
 
 
 def activation_backward(grad: Tensor, hidden: Tensor, activation: str, gated: bool) -> Tensor:
