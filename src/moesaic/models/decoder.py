@@ -35,6 +35,8 @@ class Decoder(nn.Module):
         config: the shape it was built from.
         compute_dtype: dtype of activations; None follows the embedding. Parameters keep their own.
         tokenizer: the tokenizer it was loaded with, or None.
+        companions: other files that came with it by name (tokenizer settings, chat templates), to be saved with it.
+        source: what a converter noted of the checkpoint it came from, or None; saved and loaded with it.
     """
 
     def __init__(
@@ -51,6 +53,8 @@ class Decoder(nn.Module):
             self.head.weight = self.embedding.weight
         self.compute_dtype: torch.dtype | None = None
         self.tokenizer: Any = None
+        self.companions: dict[str, bytes] = {}
+        self.source: dict[str, Any] | None = None
 
     def forward(
         self,

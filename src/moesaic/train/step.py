@@ -104,10 +104,10 @@ def train_step(
         token_loss_T = lm_losses(output.logits, batch.targets_BS)
         loss = token_loss_T.sum() / max(reading.targets, 1)
         reading.lm_loss += loss.item()
-        _take_reading(reading.layers, plans)
-        _take_reading(reading.depth, output.depth)
-        _take_statistics(reading, model, plans)
-        for name, value in _own_losses(model, output, token_loss_T).items():
+        take_reading(reading.layers, plans)
+        take_reading(reading.depth, output.depth)
+        take_statistics(reading, model, plans)
+        for name, value in own_losses(model, output, token_loss_T).items():
             loss = loss + value / len(batches)
             reading.losses[name] = reading.losses.get(name, 0.0) + value.item() / len(batches)
         if moe is not None and plans and moe.losses:
@@ -129,31 +129,31 @@ def train_step(
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    _after_step(model, reading)
+    after_step(model, reading)
     for layer, sparse in model.moe_layers().items():
-        sparse.router.observe(plans[layer].detach(), _outcome(plans, layer, token_loss_T))
+        sparse.router.observe(plans[layer].detach(), outcome_of(plans, layer, token_loss_T))
     return reading, plans
 
 
-def _own_losses(model: Decoder, output: Output, token_loss_T: Tensor) -> dict[str, Tensor]:
+def own_losses(model: Decoder, output: Output, token_loss_T: Tensor) -> dict[str, Tensor]:
     """Losses that only the routers themselves have, those of depth included, by name, summed over layers."""
     totals: dict[str, Tensor] = {}
     inside = {layer: sparse.router for layer, sparse in model.moe_layers().items()}
     for routers, plans in ((inside, output.plans), (model.depth_routers(), output.depth)):
         for layer, plan in plans.items():
-            outcome = _outcome(plans, layer, token_loss_T)
+            outcome = outcome_of(plans, layer, token_loss_T)
             for name, value in routers[layer].own_losses(plan, outcome).items():
                 totals[name] = totals[name] + value if name in totals else value
     return totals
 
 
-def _outcome(plans: Mapping[int, RoutingPlan | SoftPlan], layer: int, token_loss_T: Tensor) -> Outcome:
+def outcome_of(plans: Mapping[int, RoutingPlan | SoftPlan], layer: int, token_loss_T: Tensor) -> Outcome:
     """What the forward led to, per token of the layer's plan: multi-head layers route several sub-tokens of each position."""
     heads = plans[layer].num_tokens // max(len(token_loss_T), 1)
     return Outcome(token_loss_T.detach().repeat_interleave(heads), len(plans))
 
 
-def _after_step(model: Decoder, reading: StepReading) -> None:
+def after_step(model: Decoder, reading: StepReading) -> None:
     """Tell every sparse layer and every depth router what the step did."""
     shares = [float(r.load_E.sum()) / max(r.tokens * len(r.load_E), 1.0) for r in reading.layers.values()]
     for layer, sparse in model.moe_layers().items():
@@ -188,7 +188,7 @@ def _balance(
     return torch.stack(totals).mean(), values
 
 
-def _take_reading(readings: dict[int, LayerReading], plans: Mapping[int, RoutingPlan | SoftPlan]) -> None:
+def take_reading(readings: dict[int, LayerReading], plans: Mapping[int, RoutingPlan | SoftPlan]) -> None:
     for layer, plan in plans.items():
         load_E = read.load(plan)
         tokens = float(plan.num_tokens if plan.valid_T is None else plan.valid_T.sum())
@@ -202,7 +202,7 @@ def _take_reading(readings: dict[int, LayerReading], plans: Mapping[int, Routing
 
 
 @torch.no_grad()
-def _take_statistics(reading: StepReading, model: Decoder, plans: Plans) -> None:
+def take_statistics(reading: StepReading, model: Decoder, plans: Plans) -> None:
     """Add up what the layers want to know of every micro-batch when the step is over."""
     sparse = model.moe_layers()
     for layer, plan in plans.items():
