@@ -19,7 +19,10 @@ from typing import Any
 import torch
 
 from moesaic.checkpoint.native import load_model, save_model
-from moesaic.errors import ConfigError, MoesaicError
+from moesaic.convert.companions import read_companions
+from moesaic.convert.read import is_foreign, read_model
+from moesaic.convert.write import write_hf
+from moesaic.errors import ConfigError, MoesaicError, one_of
 from moesaic.experts import MoE
 from moesaic.infer.generate import generate
 from moesaic.lens import edit, trace
@@ -55,23 +58,38 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     """A model with its tokenizer (``model.tokenizer``, None if the folder has none), in evaluation mode.
 
     Args:
-        path: a model directory, a run folder (its best checkpoint) or a comparison folder (its sparse run).
+        path: a model directory, a Hugging Face folder of a known family (``moesaic.convert.families``), a run folder (its best
+            checkpoint) or a comparison folder (its sparse run).
         dtype: dtype of the parameters; routers stay fp32. None keeps the saved one.
 
-    Raises ``CheckpointError`` for a missing, damaged or foreign folder.
+    Raises ``CheckpointError`` for a missing, damaged or foreign folder, ``ConfigError`` for a config that is not understood.
     """
-    folder = resolve_model_folder(path)
-    model = load_model(folder, dtype=dtype, device=device)
-    model.eval()
+    folder = Path(path)
+    if is_foreign(folder):
+        model = read_model(folder, dtype, device)
+    else:
+        folder = resolve_model_folder(path)
+        model = load_model(folder, dtype=dtype, device=device)
+        model.eval()
     model.tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
+    model.companions = read_companions(folder)
     return model
 
 
 def save(model: Any, folder: str | Path, format: str = "moesaic") -> None:
-    """Write a model directory atomically, with the tokenizer if ``model.tokenizer`` is set.
+    """Write a model directory atomically, with the tokenizer and what else came with the model.
 
-    Raises ``ConfigError`` for another format than "moesaic", ``MoesaicError`` if the disk refuses.
+    Args:
+        format: "moesaic" holds everything; "hf" is the checkpoint of a Hugging Face family, which needs no moesaic to load.
+
+    Raises ``ConfigError`` for an unknown format or a model no family can hold, ``MoesaicError`` if the disk refuses.
     """
-    if format != "moesaic":
-        raise ConfigError(f'This version writes format "moesaic" only, not "{format}".')
-    save_model(model, folder, tokenizer=getattr(model, "tokenizer", None))
+    one_of("format", format, ("moesaic", "hf"))
+    companions = dict(model.companions)
+    if model.tokenizer is not None:
+        companions["tokenizer.json"] = model.tokenizer.to_str().encode()
+    if format == "hf":
+        write_hf(model, Path(folder), companions=companions)
+    else:
+        companions.pop("tokenizer.json", None)
+        save_model(model, folder, tokenizer=model.tokenizer, extra_files=companions)

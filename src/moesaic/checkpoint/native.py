@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -41,6 +41,8 @@ FORMAT = "moesaic"
 VERSION = 1
 MAX_LAYERS = 10_000
 C = TypeVar("C")
+# What ``integrations/hf_model.py`` registers; older folders of ours lack both.
+_HUGGING_FACE = {"model_type": "moesaic", "architectures": ["MoesaicForCausalLM"]}
 _RESERVED = ("config.json", "tokenizer.json", MANIFEST)
 
 
@@ -75,7 +77,7 @@ def fill_model_folder(
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write the files of a model directory into ``partial``, a folder from ``atomic_folder``. Raises ``OSError``."""
-    config = {"format": FORMAT, "version": VERSION, "model": to_dict(model.config)}
+    config = config_record(to_dict(model.config), getattr(model, "source", None))
     (partial / "config.json").write_text(json.dumps(config, indent=1, allow_nan=False), encoding="utf-8")
     if tokenizer is not None:
         (partial / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
@@ -88,12 +90,22 @@ def fill_model_folder(
     write_tensors(model.state_dict(), partial, "model", max_shard_bytes)
 
 
+def config_record(model: dict[str, Any], source: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The content of a ``config.json``: ours, and the two keys by which Hugging Face's Auto classes know the folder.
+
+    ``source``: what a converter noted of where the model came from; passed through.
+    """
+    record = {"format": FORMAT, "version": VERSION, **_HUGGING_FACE, "model": model}
+    return record if source is None else {**record, "source": source}
+
+
 def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
     """The ``ModelConfig`` of a model directory. Raises ``CheckpointError`` or ``ConfigError`` saying what is wrong."""
-    return _read_config(settle(folder), ModelConfig)
+    return _read_config(settle(folder), ModelConfig)[0]
 
 
-def _read_config(folder: Path, kind: type[C]) -> C:
+def _read_config(folder: Path, kind: type[C]) -> tuple[C, dict[str, Any] | None]:
+    """The config and the ``source`` of a model directory."""
     if not folder.is_dir():
         what = "is a file; give the folder that holds it" if folder.exists() else "does not exist"
         raise CheckpointError(f"The model directory {folder} {what}.")
@@ -101,7 +113,8 @@ def _read_config(folder: Path, kind: type[C]) -> C:
     path = safe_member(folder, "config.json")
     data = read_json(path)
     if data.get("format") != FORMAT:
-        if "model_type" in data or "architectures" in data:
+        foreign = "model_type" in data or "architectures" in data
+        if foreign and data.get("model_type") != _HUGGING_FACE["model_type"]:
             family = show(data.get("model_type", data.get("architectures")))
             raise CheckpointError(
                 f"{folder} is a Hugging Face folder (model type {family}), not a moesaic one; "
@@ -117,14 +130,20 @@ def _read_config(folder: Path, kind: type[C]) -> C:
         raise CheckpointError(
             f"{folder} was saved in format version {version}; this moesaic reads up to {VERSION}. Update moesaic."
         )
-    unknown = sorted(set(data) - {"format", "version", "model"})
+    unknown = sorted(set(data) - {"format", "version", "model", "source", *_HUGGING_FACE})
     if unknown:
         raise CheckpointError(f"{path} holds the unknown key {show(unknown[0])}; refused.")
+    for key, value in _HUGGING_FACE.items():
+        if data.get(key, value) != value:
+            raise CheckpointError(f"{path} has the {key} {show(data[key])}; a moesaic model has {show(value)}.")
+    source = data.get("source")
+    if source is not None and not isinstance(source, dict):
+        raise CheckpointError(f"{path} has the source {show(source)}, which is not a table; take it out.")
     sizes = data.get("model")
     layers = sizes.get("num_layers", 0) if isinstance(sizes, dict) else 0
     if isinstance(layers, int) and layers > MAX_LAYERS:  # a config lists its layers already when it is made
         raise CheckpointError(f"{path}: model.num_layers={layers} is impossible; at most {MAX_LAYERS} layers are read.")
-    return from_dict(kind, sizes, f"{path}: model")
+    return from_dict(kind, sizes, f"{path}: model"), source
 
 
 def load_model(
@@ -141,31 +160,45 @@ def load_model(
     Raises ``CheckpointError`` naming the file or tensor that is missing, unexpected, damaged or of the wrong shape.
     """
     folder = settle(folder)
-    config = load_config(folder)
+    config, source = _read_config(folder, ModelConfig)
     infos = _checked_tensors(folder, verify)
     if config.num_layers > len(infos):  # before building thousands of empty layers
         raise CheckpointError(
             f"{folder} has {len(infos)} tensors, too few for the {config.num_layers} layers of its config."
         )
-    # Built without memory: the modules only say which tensors exist, of what shape, tied to which. The seed keeps what
-    # initialisation draws away from the caller's random state.
+    model = empty_model(config, folder / "config.json")
+    model.source = source
+    groups = _match(model, infos, folder)
+    dtypes = target_dtypes(model, {name: info.dtype for name, info in infos.items()}, dtype)
+    tensors = ((name, prefer_huge(t.to(dtypes[name]), written=True)) for name, t in read_tensors(infos, device))
+    return materialise(model, tensors, groups)
+
+
+def empty_model(config: ModelConfig, source: Path) -> Decoder:
+    """The model without memory: its modules only say which tensors exist, of what shape, tied to which.
+
+    Raises ``CheckpointError`` naming ``source`` where the sizes are beyond any tensor.
+    """
     try:
-        model = build_model(config, seed=0, device="meta")
+        return build_model(config, seed=0, device="meta")  # the seed keeps draws away from the caller's random state
     except (RuntimeError, TypeError) as error:
         if "overflow" not in str(error).lower():
             raise
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{folder / 'config.json'} asks for impossible sizes: {reason}.") from error
-    groups = _match(model, infos, folder)
-    dtypes = _target_dtypes(model, infos, dtype)
+        raise CheckpointError(f"{source} asks for impossible sizes: {str(error).splitlines()[0]}.") from error
+
+
+def materialise(
+    model: Decoder, tensors: Iterable[tuple[str, torch.Tensor]], groups: Mapping[str, list[str]]
+) -> Decoder:
+    """Give a model built on the meta device its tensors; ``groups``: name -> all its names (several where tied)."""
     modules = model.state_dict(keep_vars=True)
     state: dict[str, torch.Tensor] = {}
-    for saved, tensor in read_tensors(infos, device):
-        loaded, old = prefer_huge(tensor.to(dtypes[saved]), written=True), modules[saved]
+    for name, loaded in tensors:
+        old = modules[name]
         if isinstance(old, nn.Parameter):
             # One object under every tied name: separate Parameters over one memory would get separate gradients.
             loaded = nn.Parameter(loaded, requires_grad=old.requires_grad)
-        state.update(dict.fromkeys(groups[saved], loaded))
+        state.update(dict.fromkeys(groups[name], loaded))
     model.load_state_dict(state, strict=True, assign=True)
     left = [name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
     if left:
@@ -180,7 +213,7 @@ def load_into(model: nn.Module, folder: str | os.PathLike[str], verify: bool = T
     the folder's config differs from ``model.config`` (naming the settings) or a tensor from the model's dtype.
     """
     folder = settle(folder)
-    theirs, ours = to_dict(_read_config(folder, type(model.config))), to_dict(model.config)
+    theirs, ours = to_dict(_read_config(folder, type(model.config))[0]), to_dict(model.config)
     differences = config_differences(theirs, ours)
     if differences:
         raise CheckpointError(f"{folder} holds a model of another architecture: {'; '.join(differences[:3])}.")
@@ -226,8 +259,8 @@ def _checked_tensors(folder: Path, verify: bool) -> dict[str, TensorInfo]:
     return infos
 
 
-def _target_dtypes(
-    model: nn.Module, infos: Mapping[str, TensorInfo], dtype: torch.dtype | None
+def target_dtypes(
+    model: nn.Module, saved: Mapping[str, torch.dtype], dtype: torch.dtype | None
 ) -> dict[str, torch.dtype]:
     """The dtype of each tensor after loading. Casts the empty ``model`` (on the meta device, so this costs nothing)."""
     # Casting asks each module which of its tensors may leave fp32, so that routers need not be known by name here.
@@ -236,20 +269,23 @@ def _target_dtypes(
     if dtype is not None:
         return cast
     # As saved; only what the modules never hold below fp32 is widened, should a file hold it narrower.
-    return {
-        name: cast[name] if info.dtype.itemsize < cast[name].itemsize else info.dtype for name, info in infos.items()
-    }
+    return {name: cast[name] if kind.itemsize < cast[name].itemsize else kind for name, kind in saved.items()}
+
+
+def tied_names(model: nn.Module) -> list[list[str]]:
+    """The names of every tensor of the state dict, those of one tied tensor together."""
+    tied: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():  # the Parameters themselves: ties show by identity
+        tied.setdefault(id(tensor), []).append(name)
+    return list(tied.values())
 
 
 def _match(model: nn.Module, infos: Mapping[str, TensorInfo], folder: Path) -> dict[str, list[str]]:
     """Saved name -> the model's names of that tensor (several when tied); raises on anything that does not fit."""
-    expected = model.state_dict(keep_vars=True)  # keep_vars: the Parameters themselves, so that ties show by identity
-    tied: dict[int, list[str]] = {}
-    for name, tensor in expected.items():
-        tied.setdefault(id(tensor), []).append(name)
+    expected = model.state_dict()
     groups: dict[str, list[str]] = {}
     missing = []
-    for names in tied.values():
+    for names in tied_names(model):
         present = next((name for name in names if name in infos), None)
         if present is None:
             missing.append(names[0])

@@ -45,11 +45,12 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor, and the file that holds it."""
+    """What a header says of one tensor, and the file that holds it, from which byte on."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     file: Path
+    start: int
 
     @property
     def numel(self) -> int:
@@ -134,28 +135,47 @@ def find_tensors(folder: Path, stem: str) -> dict[str, TensorInfo]:
 def header_of(file: Path) -> dict[str, TensorInfo]:
     """Names, dtypes and shapes in one safetensors file; no tensor data is read."""
     refuse_pickle(file)
-    with _reading(file), safe_open(file, "numpy") as f:
-        infos = {}
-        for name in f.keys():
-            piece = f.get_slice(name)
-            dtype = _DTYPES.get(str(piece.get_dtype()))
-            if dtype is None:
-                raise CheckpointError(f"{file}: the tensor {show(name)} has the unknown type {piece.get_dtype()}.")
-            infos[name] = TensorInfo(dtype, tuple(piece.get_shape()), file)
+    with _reading(file):
+        with safe_open(file, "numpy"):
+            pass  # the library has checked the header: sizes, no overlap, no hole, no name twice
+        with open(file, "rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(length))
+    infos = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise CheckpointError(f"{file}: the tensor {show(name)} has the unknown type {entry['dtype']}.")
+        infos[name] = TensorInfo(dtype, tuple(entry["shape"]), file, 8 + length + entry["data_offsets"][0])
     return infos
 
 
 def read_tensors(infos: Mapping[str, TensorInfo], device: str | torch.device = "cpu") -> Iterator[tuple[str, Any]]:
-    """The tensors themselves, file by file, in memory of their own.
-
-    safetensors hands out views of the mapped file: were it truncated or rewritten later (a copy over it, a network
-    disk), using such a view would kill the process (SIGBUS) or change the weights silently. Hence the copy.
-    """
+    """The tensors themselves, file by file, in memory of their own (see ``read_tensor``)."""
     for file in dict.fromkeys(info.file for info in infos.values()):
-        with _reading(file), safe_open(file, "pt") as f:
-            for name, info in infos.items():
-                if info.file == file:
-                    yield name, f.get_tensor(name).to(device, copy=True)
+        for name, info in infos.items():
+            if info.file == file:
+                yield name, read_tensor(info).to(device)
+
+
+def read_tensor(info: TensorInfo) -> torch.Tensor:
+    """One tensor, read into memory of its own.
+
+    Views of a mapped file would be cheaper and treacherous: were it truncated or rewritten later (a copy over it, a network
+    disk), using one would kill the process (SIGBUS) or change the weights silently. Raises ``CheckpointError``.
+    """
+    buffer = torch.empty(info.nbytes, dtype=torch.uint8)
+    with _reading(info.file), open(info.file, "rb", buffering=0) as f:
+        f.seek(info.start)
+        left = memoryview(buffer.numpy())  # type: ignore[arg-type]
+        while len(left):
+            got = f.readinto(left)
+            if not got:
+                raise CheckpointError(f"{info.file} is damaged: it ends {len(left)} bytes before a tensor does.")
+            left = left[got:]
+    return buffer.view(info.dtype).view(info.shape)
 
 
 def refuse_pickle(path: Path) -> None:

@@ -1,0 +1,76 @@
+"""How much of a checkpoint was accounted for, in numbers: tensors, parameters, bytes, experts, config keys.
+
+The same report guards import, export and conversion: it is made from what was used, not from what should have been.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Share:
+    """So many of so many."""
+
+    used: int
+    total: int
+
+    @property
+    def complete(self) -> bool:
+        """Whether it is all."""
+        return self.used == self.total
+
+    def __str__(self) -> str:
+        percent = 100.0 if self.complete else min(99.99, 100 * self.used / max(1, self.total))
+        return f"{self.used:,} of {self.total:,} ({percent:.2f}%)" if not self.complete else f"{self.total:,} (100%)"
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What was used of a checkpoint.
+
+    Attributes:
+        tensors, parameters, bytes: of the model, out of all that is stored (without what is kept aside or repeated).
+        experts: experts whose tensors are all there.
+        config_keys: keys that were understood.
+        mapped, carried: which of them went into the config, and which change nothing and were kept.
+        aside: tensors that are no part of the model and were kept (parameters in ``aside_parameters``).
+        repeated: tensors stored twice (a tied head), found equal.
+    """
+
+    tensors: Share
+    parameters: Share
+    bytes: Share
+    experts: Share
+    config_keys: Share
+    mapped: tuple[str, ...] = ()
+    carried: tuple[str, ...] = ()
+    aside: tuple[str, ...] = ()
+    aside_parameters: int = 0
+    repeated: tuple[str, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def complete(self) -> bool:
+        """Whether every share is 100%."""
+        return all(s.complete for s in (self.tensors, self.parameters, self.bytes, self.experts, self.config_keys))
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"complete": self.complete}
+
+    def lines(self) -> list[str]:
+        """For people."""
+        text = [
+            f"tensors      {self.tensors}",
+            f"parameters   {self.parameters}",
+            f"bytes        {self.bytes}",
+            f"experts      {self.experts}",
+            f"config keys  {self.config_keys}: {len(self.mapped)} used, {len(self.carried)} kept that change nothing",
+        ]
+        if self.aside:
+            text.append(f"kept aside   {len(self.aside):,} tensors, {self.aside_parameters:,} parameters")
+        if self.repeated:
+            text.append(f"repeated     {', '.join(self.repeated)}, equal to what it is tied to")
+        return [*text, *self.notes]

@@ -1,0 +1,345 @@
+"""A family of checkpoints: its config keys both ways and its table of tensors; and the parts that families share.
+
+Adding one: docs/playbooks/add-a-model-family.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+from torch import Tensor
+
+from moesaic.convert.keys import Keys
+from moesaic.convert.pieces import SAME, TRANSPOSED, Entry, Piece, Turn, whole
+from moesaic.errors import ConfigError
+from moesaic.models.config import ModelConfig, MoEConfig, pick
+from moesaic.nn.rope import RopeScaling
+
+# How a checkpoint holds experts: one tensor per matrix and expert, or one per matrix for all of them.
+Layout = Literal["per_expert", "stacked"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is to be known of one ``model_type``.
+
+    Attributes:
+        model_type, architecture: as in ``config.json``.
+        read: from keys to our config. Asks for every key that matters, and ``fixed`` for those of which it knows one value.
+        write: from our config to keys: total; what it cannot say shows when it is read again (``meaning``).
+        table: config, layout, carried keys -> entries.
+        layouts: layouts that are read; export writes the first unless told otherwise.
+        aside: names of tensors that are no part of the model, kept and written back (multi-token prediction layers).
+        ignored: names of tensors that are recomputed anyway (buffers of old versions).
+    """
+
+    model_type: str
+    architecture: str
+    read: Callable[[Keys], ModelConfig]
+    write: Callable[[ModelConfig], dict[str, Any]]
+    table: Callable[[ModelConfig, Layout, dict[str, Any]], list[Entry]]
+    layouts: tuple[Layout, ...] = ("per_expert", "stacked")
+    aside: Callable[[str, ModelConfig], bool] = field(default=lambda name, config: False)
+    ignored: re.Pattern[str] = re.compile(r".*\.rotary_emb\.inv_freq")
+
+
+# ---- config keys ----
+
+
+ACTIVATION_NAMES = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "squared_relu",
+}
+
+
+def activation_name(activation: str) -> str:
+    """The name Hugging Face has for one of our activations; ours where it has none (which reading refuses)."""
+    return next((theirs for theirs, ours in ACTIVATION_NAMES.items() if ours == activation), activation)
+
+
+def common_keys(keys: Keys, *, tie_default: bool, theta_default: float = 10000.0) -> dict[str, Any]:
+    """Fields of ``ModelConfig`` that all families spell alike. Sparse and dense feed-forward layers are the family's own."""
+    heads = keys.whole("num_attention_heads")
+    longest = keys.whole("max_position_embeddings")
+    theta, scaling = read_rope(keys, theta_default, longest)
+    if scaling is not None and scaling.kind == "dynamic":
+        longest = int(longest * scaling.factor)  # its base follows the input, past the old context
+    keys.fixed("attention_dropout", 0.0)
+    return {
+        "vocab_size": keys.whole("vocab_size"),
+        "dim": keys.whole("hidden_size"),
+        "num_layers": keys.whole("num_hidden_layers"),
+        "num_heads": heads,
+        "activation": keys.choice("hidden_act", ACTIVATION_NAMES, "silu"),
+        "norm_eps": keys.number("rms_norm_eps", 1e-6),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "max_seq_len": longest,
+        "tie_embeddings": keys.flag("tie_word_embeddings", tie_default),
+    }
+
+
+def common_values(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of ``common_keys``."""
+    scaling = config.rope_scaling
+    longest = config.max_seq_len
+    if scaling is not None and scaling.kind == "dynamic":
+        longest = scaling.original_max_seq_len or longest
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "hidden_act": activation_name(config.activation),
+        "rms_norm_eps": config.norm_eps,
+        "max_position_embeddings": longest,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_dropout": 0.0,
+        **write_rope(config),
+    }
+
+
+def grouped_heads(keys: Keys, fields: dict[str, Any], *, kv_default: int | None = None) -> dict[str, Any]:
+    """``num_kv_heads`` and ``head_dim`` of grouped-query attention; absent keys as in Hugging Face."""
+    heads, dim = fields["num_heads"], fields["dim"]
+    width = keys.whole("head_dim", dim // heads if heads else None)
+    return {"num_kv_heads": keys.whole("num_key_value_heads", kv_default or heads), "head_dim": width}
+
+
+def grouped_values(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of ``grouped_heads``."""
+    return {"num_key_value_heads": config.kv_heads, "head_dim": config.heads_dim}
+
+
+_ROPE_FIELDS = {
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "truncate": "truncate",
+    "mscale": "mscale",
+    "mscale_all_dim": "mscale_all_dim",
+    "attention_factor": "attention_factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+}
+_ROPE_FIELDS_OF = {
+    "linear": (),
+    "dynamic": (),
+    "yarn": ("beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim", "attention_factor"),
+    "llama3": ("low_freq_factor", "high_freq_factor"),
+}
+
+
+def read_rope(keys: Keys, theta_default: float, longest: int) -> tuple[float, RopeScaling | None]:
+    """Rotary base and scaling, from ``rope_theta`` and ``rope_scaling`` (transformers 4) or ``rope_parameters`` (5)."""
+    theta = keys.number("rope_theta", None)
+    table = keys.get("rope_parameters", None)
+    old = keys.get("rope_scaling", None)
+    if table is not None and old is not None and table != old:
+        raise ConfigError(f"{keys.where} has both rope_parameters and rope_scaling, and they differ; keep one.")
+    table = old if table is None else table
+    if table is None:
+        return theta_default if theta is None else theta, None
+    if not isinstance(table, dict):
+        raise ConfigError(f"{keys.where}: rope_parameters must be a table of settings.")
+    inner = Keys(table, f"{keys.where}: rope_parameters")
+    own = inner.number("rope_theta", None)
+    if own is not None and theta is not None and own != theta:
+        raise ConfigError(f"{keys.where} gives two rotary bases, rope_theta={theta} and {own}; keep one.")
+    theta = own if own is not None else theta_default if theta is None else theta
+    kind: Any = inner.get("rope_type", None) or inner.get("type", None) or "default"
+    inner.carry("rope_type", "type")
+    inner.fixed("partial_rotary_factor", 1.0)
+    if kind == "default":
+        _finish_rope(inner)
+        return theta, None
+    if kind not in _ROPE_FIELDS_OF:
+        raise ConfigError(
+            f'{keys.where}: the rope type "{kind}" is not supported; known: default, {", ".join(_ROPE_FIELDS_OF)}.'
+        )
+    values: dict[str, Any] = {}
+    for name in _ROPE_FIELDS_OF[kind]:
+        value = inner.flag(name, None) if name == "truncate" else inner.number(name, None)
+        if value is not None:
+            values[name] = value
+    original = inner.whole("original_max_position_embeddings", None)
+    factor = inner.number("factor", None)
+    if kind != "linear":
+        original = longest if original is None or kind == "dynamic" else original
+        values["original_max_seq_len"] = original
+    if factor is None and kind == "yarn":
+        factor = longest / original
+    if factor is None:
+        raise ConfigError(f'{keys.where}: the rope type "{kind}" needs a factor.')
+    _finish_rope(inner)
+    return theta, RopeScaling(kind=kind, factor=factor, **values)
+
+
+def _finish_rope(inner: Keys) -> None:
+    unknown = sorted(set(inner.data) - {*inner.mapped, *inner.carried})
+    if unknown:
+        raise ConfigError(f"{inner.where}: the key {unknown[0]} is unknown for this rope type; refused.")
+
+
+def write_rope(config: ModelConfig) -> dict[str, Any]:
+    """``rope_theta`` and ``rope_scaling``, which transformers 4 and 5 both read."""
+    scaling = config.rope_scaling
+    if scaling is None:
+        return {"rope_theta": config.rope_theta, "rope_scaling": None}
+    table: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind in ("yarn", "llama3"):
+        table["original_max_position_embeddings"] = scaling.original_max_seq_len
+    table |= {name: getattr(scaling, name) for name in _ROPE_FIELDS_OF[scaling.kind]}
+    return {
+        "rope_theta": config.rope_theta,
+        "rope_scaling": {name: value for name, value in table.items() if value is not None},
+    }
+
+
+# ---- tables ----
+
+
+def linear(ours: str, theirs: str, out: int, width: int, *, bias: bool = False, turn: Turn = SAME) -> list[Entry]:
+    """A linear map, the same way round in both, and its bias."""
+    entries = [Entry(f"{ours}.weight", (Piece(f"{theirs}.weight", (out, width), turn=turn),))]
+    if bias:
+        entries.append(Entry(f"{ours}.bias", (Piece(f"{theirs}.bias", (out,), turn=turn),)))
+    return entries
+
+
+def vector(ours: str, theirs: str, width: int) -> Entry:
+    """A vector, or anything of one dimension."""
+    return Entry(ours, (Piece(theirs, (width,)),))
+
+
+def frame(config: ModelConfig) -> list[Entry]:
+    """Embedding, final norm, head and the norms of every block, named as in Llama."""
+    V, D = config.vocab_size, config.dim
+    entries = [
+        Entry("embedding.weight", (Piece("model.embed_tokens.weight", (V, D)),)),
+        vector("norm.weight", "model.norm.weight", D),
+    ]
+    if not config.tie_embeddings:
+        entries.append(Entry("head.weight", (Piece("lm_head.weight", (V, D)),)))
+    for i in range(config.num_layers):
+        ours, theirs = f"blocks.{i}", f"model.layers.{i}"
+        entries.append(vector(f"{ours}.norm1.weight", f"{theirs}.input_layernorm.weight", D))
+        entries.append(vector(f"{ours}.norm2.weight", f"{theirs}.post_attention_layernorm.weight", D))
+    return entries
+
+
+def grouped_attention(config: ModelConfig, i: int) -> list[Entry]:
+    """Grouped-query attention of block ``i``, named as in Llama."""
+    ours, theirs = f"blocks.{i}.attention", f"model.layers.{i}.self_attn"
+    D, R = config.dim, config.heads_dim
+    q, kv = config.num_heads * R, config.kv_heads * R
+    has_bias = config.attention_bias != "none"
+    entries = []
+    for name, width in (("q", q), ("k", kv), ("v", kv)):
+        entries += linear(f"{ours}.w{name}", f"{theirs}.{name}_proj", width, D, bias=has_bias)
+    entries += linear(f"{ours}.wo", f"{theirs}.o_proj", D, q, bias=config.attention_bias == "all")
+    if config.qk_norm != "none":
+        widths = (R, R) if config.qk_norm == "head" else (q, kv)
+        entries += [
+            vector(f"{ours}.{n}_norm.weight", f"{theirs}.{n}_norm.weight", w) for n, w in zip("qk", widths, strict=True)
+        ]
+    if config.attention_sinks:
+        entries.append(vector(f"{ours}.sinks", f"{theirs}.sinks", config.num_heads))
+    return entries
+
+
+def gated_mlp(ours: str, theirs: str, dim: int, hidden: int, *, bias: bool = False) -> list[Entry]:
+    """A dense SwiGLU network: gate and up are rows of one matrix here."""
+
+    def gate(w: Tensor) -> Tensor:
+        return w[:hidden]
+
+    def up(w: Tensor) -> Tensor:
+        return w[hidden:]
+
+    entries = [
+        Entry(
+            f"{ours}.w_in.weight",
+            (
+                Piece(f"{theirs}.gate_proj.weight", (hidden, dim), gate),
+                Piece(f"{theirs}.up_proj.weight", (hidden, dim), up),
+            ),
+        ),
+        *linear(f"{ours}.w_out", f"{theirs}.down_proj", dim, hidden, bias=bias),
+    ]
+    if bias:
+        pieces = (Piece(f"{theirs}.gate_proj.bias", (hidden,), gate), Piece(f"{theirs}.up_proj.bias", (hidden,), up))
+        entries.append(Entry(f"{ours}.w_in.bias", pieces))
+    return entries
+
+
+def gated_experts(
+    ours: str,
+    theirs: str,
+    num_experts: int,
+    dim: int,
+    hidden: int,
+    layout: Layout,
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+) -> list[Entry]:
+    """Stacked SwiGLU experts, ours (E, D, gate | up) and (E, H, D).
+
+    Theirs: ``{theirs}.{e}.{name}.weight``, (H, D), (H, D), (D, H); or stacked, ``{theirs}.gate_up_proj`` (E, 2H, D) and
+    ``{theirs}.down_proj`` (E, D, H).
+    """
+    if layout == "stacked":
+        return [
+            Entry(
+                f"{ours}.w_in",
+                (Piece(f"{theirs}.gate_up_proj", (num_experts, 2 * hidden, dim), whole, TRANSPOSED),),
+            ),
+            Entry(f"{ours}.w_out", (Piece(f"{theirs}.down_proj", (num_experts, dim, hidden), whole, TRANSPOSED),)),
+        ]
+    inward, outward = [], []
+    for e in range(num_experts):
+        gate, up, down = (f"{theirs}.{e}.{name}.weight" for name in names)
+        inward.append(Piece(gate, (hidden, dim), partial(_columns, expert=e, first=0, end=hidden), TRANSPOSED))
+        inward.append(Piece(up, (hidden, dim), partial(_columns, expert=e, first=hidden, end=2 * hidden), TRANSPOSED))
+        outward.append(Piece(down, (dim, hidden), partial(_columns, expert=e, first=0, end=dim), TRANSPOSED))
+    return [Entry(f"{ours}.w_in", tuple(inward)), Entry(f"{ours}.w_out", tuple(outward))]
+
+
+def _columns(w_EDW: Tensor, expert: int, first: int, end: int) -> Tensor:
+    return w_EDW[expert, :, first:end]
+
+
+def router_gate(i: int, theirs: str, num_experts: int, dim: int, *, bias: bool = False) -> list[Entry]:
+    """The linear gate of block ``i``."""
+    return linear(f"blocks.{i}.ffn.router.gate", theirs, num_experts, dim, bias=bias)
+
+
+def of_sparse(config: ModelConfig, i: int) -> tuple[MoEConfig, int, int]:
+    """The sparse settings, and experts and expert width of block ``i``."""
+    assert config.moe is not None
+    at = config.moe_layers.index(i)
+    return config.moe, pick(config.moe.num_experts, at), pick(config.moe.hidden, at)
+
+
+def one_value(value: int | tuple[int, ...]) -> int:
+    """The value of a per-layer setting where all layers share it, else the first: reading it again shows the difference."""
+    return value if isinstance(value, int) else value[0]
+
+
+def moe_of(config: ModelConfig) -> MoEConfig:
+    """The sparse settings. Raises ``ConfigError`` for a dense model: the family is a sparse one."""
+    if config.moe is None:
+        raise ConfigError("This model has no experts, and the family is one of sparse models.")
+    return config.moe
+
+
+def by_layer(config: ModelConfig, *parts: Callable[[ModelConfig, int], Iterable[Entry]]) -> list[Entry]:
+    """The entries of all blocks."""
+    return [entry for i in range(config.num_layers) for part in parts for entry in part(config, i)]

@@ -1,0 +1,130 @@
+"""A moesaic model as a checkpoint of a Hugging Face family, one that loads with no moesaic installed.
+
+>>> write_hf(model, Path("out"))                     # the family it came from, or the one that can hold it
+>>> family, values = family_for(model.config)        # ConfigError says, family by family, what stands in the way
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesaic.checkpoint.atomic import atomic_folder
+from moesaic.checkpoint.native import config_differences, tied_names
+from moesaic.checkpoint.shards import MAX_SHARD_BYTES, write_tensors
+from moesaic.convert.families import FAMILIES
+from moesaic.convert.family import Family, Layout
+from moesaic.convert.keys import Keys
+from moesaic.convert.meaning import meaning
+from moesaic.convert.pieces import Entry, check_table, extract
+from moesaic.errors import ConfigError, MoesaicError
+from moesaic.models.config import ModelConfig
+from moesaic.models.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class Export:
+    """How a model will be written: its family, the keys of ``config.json``, the table of tensors."""
+
+    family: Family
+    values: dict[str, Any]
+    table: list[Entry]
+
+
+def family_for(config: ModelConfig, name: str | None = None) -> tuple[Family, dict[str, Any]]:
+    """The family that can hold ``config`` and its config keys: the named one, or the first that can.
+
+    A family can hold a config exactly if reading what it writes means the same. Raises ``ConfigError`` saying what does not
+    fit.
+    """
+    if name is not None and name not in FAMILIES:
+        raise ConfigError(f'There is no family "{name}"; known: {", ".join(FAMILIES)}.')
+    reasons = []
+    for family in FAMILIES.values() if name is None else [FAMILIES[name]]:
+        reason, values = _written(family, config)
+        if reason is None:
+            return family, values
+        reasons.append(f"{family.model_type} ({reason})")
+    what = "that family" if name else "any family of Hugging Face that is known here"
+    raise ConfigError(
+        f"This model cannot be exported as {what}: {'; '.join(reasons)}. A moesaic folder holds everything, and loads in "
+        "transformers after `import moesaic`."
+    )
+
+
+def _written(family: Family, config: ModelConfig) -> tuple[str | None, dict[str, Any]]:
+    """Why the family cannot hold the config (None if it can), and the keys."""
+    try:
+        values = family.write(config)
+        again = family.read(Keys(json.loads(json.dumps(values)), family.model_type))
+    except MoesaicError as error:
+        return str(error).rstrip("."), {}
+    differences = config_differences(meaning(again), meaning(config))
+    return (differences[0] if differences else None), values
+
+
+def plan_export(
+    config: ModelConfig, source: dict[str, Any] | None = None, family: str | None = None, layout: Layout | None = None
+) -> Export:
+    """Decide how ``config`` is written. ``source``: what was remembered of where the model came from."""
+    remembered = source or {}
+    name = family
+    origin = remembered.get("family")
+    if name is None and origin in FAMILIES and _written(FAMILIES[origin], config)[0] is None:
+        name = origin
+    chosen, values = family_for(config, name)
+    carried = dict(remembered.get("config", {})) if origin == chosen.model_type else {}
+    for stale in ("dtype", "torch_dtype", "transformers_version"):
+        carried.pop(stale, None)
+    wanted = layout or chosen.layouts[0]
+    if wanted not in chosen.layouts:
+        raise ConfigError(
+            f'The family "{chosen.model_type}" has no layout "{wanted}"; it has {", ".join(chosen.layouts)}.'
+        )
+    values = {
+        **carried,
+        "architectures": [chosen.architecture],
+        "model_type": chosen.model_type,
+        **values,  # null included: an absent key would mean the family's default
+    }
+    return Export(chosen, values, chosen.table(config, wanted, carried))
+
+
+def write_hf(
+    model: Decoder,
+    folder: Path,
+    family: str | None = None,
+    layout: Layout | None = None,
+    companions: dict[str, bytes] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Export:
+    """Write ``model`` as a Hugging Face checkpoint: whole or not at all. Every tensor keeps its dtype and its bits.
+
+    Raises ``ConfigError`` where no family can hold it, ``MoesaicError`` where the disk refuses.
+    """
+    export = plan_export(model.config, model.source, family, layout)
+    state = model.state_dict()
+    names = [tied[0] for tied in tied_names(model)]
+    check_table(export.table, {name: tuple(state[name].shape) for name in names})
+    values = export.values | {"torch_dtype": str(model.embedding.weight.dtype).removeprefix("torch.")}
+    with atomic_folder(folder) as partial:
+        (partial / "config.json").write_text(json.dumps(values, indent=2, allow_nan=False), encoding="utf-8")
+        for name, content in (companions or {}).items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            (partial / name).write_bytes(content)
+        write_tensors(dict(pieces_of(export.table, state)), partial, "model", max_shard_bytes)
+    return export
+
+
+def pieces_of(table: list[Entry], state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Their tensors out of ours, in the order of the table."""
+    for entry in table:
+        with torch.no_grad():
+            for piece in entry.pieces:
+                yield piece.theirs, extract(state[entry.ours].detach(), piece)
