@@ -66,7 +66,9 @@ def activation_name(activation: str) -> str:
     return next((theirs for theirs, ours in ACTIVATION_NAMES.items() if ours == activation), activation)
 
 
-def common_keys(keys: Keys, *, tie_default: bool, theta_default: float = 10000.0) -> dict[str, Any]:
+def common_keys(
+    keys: Keys, *, tie_default: bool, theta_default: float = 10000.0, eps_default: float = 1e-6
+) -> dict[str, Any]:
     """Fields of ``ModelConfig`` that all families spell alike. Sparse and dense feed-forward layers are the family's own."""
     heads = keys.whole("num_attention_heads")
     longest = keys.whole("max_position_embeddings")
@@ -80,7 +82,7 @@ def common_keys(keys: Keys, *, tie_default: bool, theta_default: float = 10000.0
         "num_layers": keys.whole("num_hidden_layers"),
         "num_heads": heads,
         "activation": keys.choice("hidden_act", ACTIVATION_NAMES, "silu"),
-        "norm_eps": keys.number("rms_norm_eps", 1e-6),
+        "norm_eps": keys.number("rms_norm_eps", eps_default),
         "rope_theta": theta,
         "rope_scaling": scaling,
         "max_seq_len": longest,
@@ -108,11 +110,17 @@ def common_values(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def grouped_heads(keys: Keys, fields: dict[str, Any], *, kv_default: int | None = None) -> dict[str, Any]:
-    """``num_kv_heads`` and ``head_dim`` of grouped-query attention; absent keys as in Hugging Face."""
+def grouped_heads(
+    keys: Keys, fields: dict[str, Any], *, kv_default: int | None = None, width_default: int | None = None
+) -> dict[str, Any]:
+    """``num_kv_heads`` and ``head_dim`` of grouped-query attention; absent keys as in Hugging Face.
+
+    ``num_key_value_heads`` that is null means as many as heads, even where an absent one means another number.
+    """
     heads, dim = fields["num_heads"], fields["dim"]
-    width = keys.whole("head_dim", dim // heads if heads else None)
-    return {"num_kv_heads": keys.whole("num_key_value_heads", kv_default or heads), "head_dim": width}
+    width = keys.whole("head_dim", width_default or (dim // heads if heads else None))
+    as_many = kv_default is None or "num_key_value_heads" in keys.data
+    return {"num_kv_heads": keys.whole("num_key_value_heads", heads if as_many else kv_default), "head_dim": width}
 
 
 def grouped_values(config: ModelConfig) -> dict[str, Any]:

@@ -2,6 +2,20 @@
 
 from moesaic.convert.families.llama import LLAMA, MISTRAL
 from moesaic.convert.families.mixtral import MIXTRAL
+from moesaic.convert.families.olmoe import OLMOE
+from moesaic.convert.families.qwen3 import QWEN3
+from moesaic.convert.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from moesaic.convert.family import Family
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (MIXTRAL, LLAMA, MISTRAL)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        MIXTRAL,
+        LLAMA,
+        MISTRAL,
+        QWEN3,
+        QWEN2_MOE,
+        QWEN3_MOE,
+        OLMOE,
+    )
+}

@@ -19,6 +19,7 @@ from moesaic.convert.family import (
 )
 from moesaic.convert.keys import Keys
 from moesaic.convert.pieces import Entry
+from moesaic.convert.windows import FULL, layer_kinds, same_everywhere
 from moesaic.models.config import ModelConfig, pick
 
 
@@ -27,13 +28,16 @@ def _mlp(config: ModelConfig, i: int) -> list[Entry]:
     return gated_mlp(f"blocks.{i}.ffn", f"model.layers.{i}.mlp", config.dim, hidden, bias=config.mlp_bias)
 
 
-def _table(config: ModelConfig, layout: Layout, carried: dict[str, Any]) -> list[Entry]:
+def dense_table(config: ModelConfig, layout: Layout, carried: dict[str, Any]) -> list[Entry]:
+    """Tensors named as in Llama."""
     return frame(config) + by_layer(config, grouped_attention, _mlp)
 
 
 def _read_llama(keys: Keys) -> ModelConfig:
     fields = common_keys(keys, tie_default=False)
     fields |= grouped_heads(keys, fields)
+    layer_kinds(keys, fields["num_layers"], [FULL] * fields["num_layers"], binding=True)
+    keys.fixed("sliding_window", None)
     return ModelConfig(
         **fields,
         hidden=keys.whole("intermediate_size"),
@@ -55,7 +59,7 @@ def _write_llama(config: ModelConfig) -> dict[str, Any]:
 def _read_mistral(keys: Keys) -> ModelConfig:
     fields = common_keys(keys, tie_default=False)
     fields |= grouped_heads(keys, fields, kv_default=8)
-    window = keys.whole("sliding_window", None)
+    window = same_everywhere(keys, fields["num_layers"], absent=4096)
     return ModelConfig(**fields, hidden=keys.whole("intermediate_size"), sliding_window=window)
 
 
@@ -68,5 +72,5 @@ def _write_mistral(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-LLAMA = Family("llama", "LlamaForCausalLM", _read_llama, _write_llama, _table)
-MISTRAL = Family("mistral", "MistralForCausalLM", _read_mistral, _write_mistral, _table)
+LLAMA = Family("llama", "LlamaForCausalLM", _read_llama, _write_llama, dense_table)
+MISTRAL = Family("mistral", "MistralForCausalLM", _read_mistral, _write_mistral, dense_table)

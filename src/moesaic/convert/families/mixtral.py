@@ -22,11 +22,12 @@ from moesaic.convert.family import (
 )
 from moesaic.convert.keys import Keys
 from moesaic.convert.pieces import Entry
+from moesaic.convert.windows import same_everywhere
 from moesaic.models.config import ModelConfig, MoEConfig, RouterConfig
 
 
 def _read(keys: Keys) -> ModelConfig:
-    fields = common_keys(keys, tie_default=False, theta_default=1e6)
+    fields = common_keys(keys, tie_default=False, theta_default=1e6, eps_default=1e-5)
     fields |= grouped_heads(keys, fields, kv_default=8)
     keys.carry("router_jitter_noise")  # in training alone
     coefficient = keys.number("router_aux_loss_coef", 0.001)
@@ -37,7 +38,7 @@ def _read(keys: Keys) -> ModelConfig:
         router=RouterConfig("topk", {"normalize": "chosen"}),
         losses={"switch": coefficient},
     )
-    return ModelConfig(**fields, sliding_window=keys.whole("sliding_window", None), moe=moe)
+    return ModelConfig(**fields, sliding_window=same_everywhere(keys, fields["num_layers"]), moe=moe)
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
