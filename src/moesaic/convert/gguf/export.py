@@ -11,83 +11,25 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from moesaic.checkpoint.atomic import settle, sweep, verify_folder
-from moesaic.checkpoint.native import load_config, read_header
-from moesaic.checkpoint.shards import read_tensors
-from moesaic.convert.gguf.architectures import Architecture, architecture_of
+from moesaic.checkpoint.atomic import sweep
+from moesaic.checkpoint.native import open_model
+from moesaic.checkpoint.shards import memory_of, read_tensor
+from moesaic.convert.gguf.architectures import architecture_of
 from moesaic.convert.gguf.metadata import metadata_of, rope_factors
 from moesaic.convert.gguf.number_types import FILE_TYPES, KINDS, Kind, bytes_of, encode, type_of
+from moesaic.convert.gguf.report import GgufReport, Share
 from moesaic.convert.gguf.tensors import Target, plan_of
 from moesaic.convert.gguf.tokens import vocabulary_of
-from moesaic.errors import MoesaicError, disk_errors, one_of
+from moesaic.errors import CheckpointError, MoesaicError, disk_errors, one_of
 from moesaic.models.build import build_model
 from moesaic.models.config import ModelConfig
 from moesaic.models.decoder import Decoder
-
-
-@dataclass(frozen=True)
-class Share:
-    """What a file holds of one number type."""
-
-    tensors: int = 0
-    parameters: int = 0
-    bytes: int = 0
-
-
-@dataclass(frozen=True)
-class GgufReport:
-    """What was written.
-
-    Attributes:
-        architecture, families: llama.cpp's name for the graph, and what it is known as.
-        sources, parameters: tensors of the model and numbers in them: all of them, else nothing would have been written.
-        by_type: number type -> what the file holds of it.
-        added: GGUF tensors that are no part of the model (a second copy of a tied head, rotary factors).
-        fallbacks: GGUF tensors kept in F16 because their rows are no multiple of 32.
-        vocabulary: "gpt2", "llama" or "none".
-        notes: sentences on what is not quite the same there.
-    """
-
-    path: Path
-    kind: Kind
-    architecture: str
-    families: str
-    sources: int
-    parameters: int
-    file_bytes: int
-    vocabulary: str
-    by_type: dict[str, Share] = field(default_factory=dict)
-    added: tuple[str, ...] = ()
-    fallbacks: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    def text(self) -> str:
-        """Lines for people."""
-        lines = [
-            f'{self.path}: architecture "{self.architecture}" ({self.families}), {self.kind}, {self.file_bytes:,} bytes',
-            f"  {self.sources} of {self.sources} tensors, {self.parameters:,} of {self.parameters:,} parameters; "
-            f'vocabulary "{self.vocabulary}"',
-        ]
-        lines += [
-            f"  {name:5} {share.tensors:5} tensors {share.parameters:15,} parameters {share.bytes:15,} bytes"
-            for name, share in self.by_type.items()
-        ]
-        if self.added:
-            lines.append(f"  not parameters of the model: {', '.join(self.added)}")
-        if self.fallbacks:
-            lines.append(f"  in F16, rows being no multiple of 32: {', '.join(self.fallbacks)}")
-        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
-
-    def to_dict(self) -> dict[str, Any]:
-        """For ``--json``."""
-        plain = {**vars(self), "path": str(self.path)}
-        return plain | {"by_type": {name: vars(share) for name, share in self.by_type.items()}}
 
 
 def export_gguf(
@@ -109,8 +51,15 @@ def export_gguf(
     Raises ``ConfigError`` for a model llama.cpp has no graph for, ``MoesaicError`` for the rest; then nothing is written.
     """
     state = model.state_dict()
+    if model.config.tie_embeddings and memory_of(state["head.weight"]) != memory_of(state["embedding.weight"]):
+        raise CheckpointError(
+            "The model's head is not its embedding although model.tie_embeddings says so, and one of them would be lost; set "
+            "head.weight = embedding.weight, or build it with tie_embeddings=False."
+        )
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    return _export(model.config, shapes, lambda name: state[name], Path(path), kind, tokenizer_folder, pre_tokenizer)
+    return export_tensors(
+        model.config, shapes, lambda name: state[name], Path(path), kind, tokenizer_folder, pre_tokenizer
+    )
 
 
 def export_gguf_folder(
@@ -126,21 +75,19 @@ def export_gguf_folder(
 
     The tokenizer is that of ``folder`` unless told otherwise. Else as ``export_gguf``.
     """
-    folder = settle(folder)
-    config = load_config(folder)
-    infos = read_header(folder)
-    if verify:
-        verify_folder(folder)
-    if tokenizer_folder is None and (folder / "tokenizer.json").is_file():
-        tokenizer_folder = folder
-    shapes = {name: info.shape for name, info in infos.items()}
-
-    def read(name: str) -> Tensor:
-        (_, tensor), = read_tensors({name: infos[name]})  # fmt: skip
-        assert isinstance(tensor, Tensor)
-        return tensor
-
-    return _export(config, shapes, read, Path(path), kind, tokenizer_folder, pre_tokenizer)
+    opened = open_model(folder, verify)
+    stored = {names[0]: name for name, names in opened.groups.items()}  # a tied matrix goes by its first name
+    if tokenizer_folder is None and (opened.folder / "tokenizer.json").is_file():
+        tokenizer_folder = opened.folder
+    return export_tensors(
+        opened.model.config,
+        {name: opened.infos[there].shape for name, there in stored.items()},
+        lambda name: read_tensor(opened.infos[stored[name]]),
+        Path(path),
+        kind,
+        tokenizer_folder,
+        pre_tokenizer,
+    )
 
 
 @dataclass(frozen=True)
@@ -154,15 +101,19 @@ class _Entry:
     reduced: bool
 
 
-def _export(
+def export_tensors(
     config: ModelConfig,
     shapes: Mapping[str, tuple[int, ...]],
     read: Callable[[str], Tensor],
     path: Path,
     kind: Kind,
-    tokenizer_folder: str | os.PathLike[str] | None,
-    pre_tokenizer: str | None,
+    tokenizer_folder: str | os.PathLike[str] | None = None,
+    pre_tokenizer: str | None = None,
 ) -> GgufReport:
+    """The same from any source: ``shapes`` of the model's tensors by our names, and ``read``, called once for each.
+
+    A tied head may be left out of ``shapes``; every other tensor of ``config`` must be there and no more.
+    """
     one_of("kind", kind, KINDS)
     gguf = _package()
     arch = architecture_of(config)
@@ -173,10 +124,15 @@ def _export(
     plan = plan_of(shapes, {name: tuple(tensor.shape) for name, tensor in empty.items()}, config, arch)
     entries = {name: [_entry(target, empty[name], config, kind) for target in plan[name]] for name in plan}
     factors = rope_factors(config, arch)
-    extra = (
-        [] if factors is None else [_entry(Target("rope_freqs.weight", lambda t, cfg: t, True), factors, config, kind)]
-    )
+    extra = [] if factors is None else [_entry(Target("rope_freqs.weight", _same, exact=True), factors, config, kind)]
     listed = [entry for row in entries.values() for entry in row] + extra
+    second = (
+        {"output.weight"} if config.tie_embeddings else set()
+    )  # of the embedding, where the head must be its own tensor
+    added = second & {entry.target.name for entry in listed} | {entry.target.name for entry in extra}
+    parameters = sum(_numel(shapes[name]) for name in plan)
+    if parameters != (made := sum(_numel(entry.shape) for entry in listed if entry.target.name not in added)):
+        raise RuntimeError(f"{made} numbers would be written of {parameters}")
 
     with disk_errors(path), _whole_file(path) as partial:
         writer = gguf.GGUFWriter(partial, arch.name)
@@ -195,6 +151,7 @@ def _export(
                 tensor = read(name)
                 for entry in row:
                     _write(file, writer, gguf, entry, entry.target.take(tensor, config))
+                del tensor  # before the next is read
             for entry in extra:
                 assert factors is not None
                 _write(file, writer, gguf, entry, factors)
@@ -203,7 +160,24 @@ def _export(
             size = file.tell()
         finally:
             writer.close()
-    return _report(path, kind, arch, plan, listed, shapes, size, str(words["tokenizer.ggml.model"]), notes)
+    return GgufReport(
+        path=path,
+        kind=kind,
+        architecture=arch.name,
+        families=arch.families,
+        sources=len(plan),
+        parameters=parameters,
+        file_bytes=size,
+        vocabulary=str(words["tokenizer.ggml.model"]),
+        by_type=_by_type(listed),
+        added=tuple(sorted(added)),
+        fallbacks=tuple(entry.target.name for entry in listed if entry.reduced),
+        notes=tuple(notes),
+    )
+
+
+def _same(tensor: Tensor, config: ModelConfig) -> Tensor:
+    return tensor
 
 
 def _entry(target: Target, source: Tensor, config: ModelConfig, kind: Kind) -> _Entry:
@@ -234,33 +208,12 @@ def _write(file: Any, writer: Any, gguf: Any, entry: _Entry, tensor: Tensor) -> 
     writer.write_padding(file, written)
 
 
-def _report(
-    path: Path,
-    kind: Kind,
-    arch: Architecture,
-    plan: Mapping[str, tuple[Target, ...]],
-    listed: list[_Entry],
-    shapes: Mapping[str, tuple[int, ...]],
-    size: int,
-    vocabulary: str,
-    notes: list[str],
-) -> GgufReport:
-    by_type: dict[str, Share] = {}
+def _by_type(listed: list[_Entry]) -> dict[str, Share]:
+    shares: dict[str, Share] = {}
     for entry in listed:
-        old, count = by_type.get(entry.type, Share()), _numel(entry.shape)
-        by_type[entry.type] = Share(old.tensors + 1, old.parameters + count, old.bytes + entry.bytes)
-    own = {target.name for name, targets in plan.items() for target in targets}
-    if "embedding.weight" in plan and len(plan["embedding.weight"]) > 1:
-        own.discard("output.weight")
-    added = tuple(entry.target.name for entry in listed if entry.target.name not in own)
-    parameters = sum(_numel(shapes[name]) for name in plan)
-    written = sum(_numel(entry.shape) for entry in listed if entry.target.name in own)
-    if written != parameters:
-        raise RuntimeError(f"{written} parameters written of {parameters}")
-    return GgufReport(
-        path, kind, arch.name, arch.families, len(plan), parameters, size, vocabulary, by_type, added,
-        tuple(entry.target.name for entry in listed if entry.reduced), tuple(notes),
-    )  # fmt: skip
+        old = shares.get(entry.type, Share())
+        shares[entry.type] = Share(old.tensors + 1, old.parameters + _numel(entry.shape), old.bytes + entry.bytes)
+    return shares
 
 
 def _numel(shape: tuple[int, ...]) -> int:
@@ -292,3 +245,6 @@ def _whole_file(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+_export = export_tensors  # the name it had
