@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from moesaic.errors import ConfigError
 from moesaic.ops.activations import ACTIVATIONS
 from moesaic.ops.fused import Sources, as_they_are, experts_mlp
 from moesaic.ops.permute import group_rows
 from moesaic.ops.phases import listen
 from tests.ops.experts_by_hand import Batch, assert_close, call, run, some_batch, truth
-from tests.ops.kernels import BACKENDS, every_back_end, id_of, using
+from tests.ops.kernels import BACKENDS, HAVE_COMPILER, every_back_end, id_of, using
 
 # The first test of an instruction set may have to compile it, on a machine that has other things to do.
 pytestmark = pytest.mark.timeout(600)
@@ -168,6 +169,75 @@ def test_what_is_not_finite_stays_with_its_token(kind: Any, bad: float) -> None:
             assert y_TD[[0, 1, 2, 4, 5]].isfinite().all()
 
 
+# ---- biases and gates: tiles alone --------------------------------------------------------------------------------------
+
+_TILES = [case for case in every_back_end() if case[0] == "tiles"]
+
+
+@pytest.mark.parametrize("case", _TILES, ids=id_of)
+@pytest.mark.parametrize(("activation", "gated"), [("silu", True), ("relu", False), ("clamped_swiglu", True)])
+@pytest.mark.parametrize("load", [[0, 1, 2, 2, 0, 4, 4, 4], [4] * 8, [3, 3, 1], [0] * 70 + [2]], ids=str)
+def test_biases(case: Any, activation: str, gated: bool, load: list[int]) -> None:
+    """Experts 1 to 3 empty at times, 4 is nowhere: such rows stay zero although no bias is."""
+    backend, _, dtype, w_dtype = case
+    got = check((backend, dtype, w_dtype), load, 6, 4, 20, 12, activation=activation, gated=gated, bias=True)
+    for e in set(range(4)) - set(load):
+        assert not any(t is None or t[e].any() for t in got[5:])
+    if load == [4] * 8:
+        assert got[0] is not None
+        assert not got[0].any()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_clamped_swiglu_on_both_sides_of_its_limits(dtype: torch.dtype, bias: bool) -> None:
+    """In bf16 a number rounded across the limit has another gradient, rightly."""
+    batch = some_batch(_load(40, 3), 20, 3, 24, 21, dtype, None, "clamped_swiglu", bias=bias)
+    batch.x_TD = batch.x_TD * 8
+    pre = batch.x_TD[batch.token_N] @ batch.w_in[0]
+    assert (pre > 7).any()
+    assert (pre < -7).any()
+    assert_close(run(batch, "tiles"), truth(batch), dtype)
+
+
+@pytest.mark.parametrize("needs", [tuple(n == m for m in range(6)) for n in range(6)])
+def test_biases_get_gradients_only_where_needed(needs: tuple[bool, ...]) -> None:
+    batch = some_batch(_load(30, 3), 10, 3, 20, 12, bias=True)
+    every, some = run(batch, None), run(batch, None, needs)
+    for need, ours, theirs in zip((True, *needs), some, every, strict=True):
+        assert (ours is not None) == need
+        if ours is not None and theirs is not None:
+            assert torch.equal(ours, theirs)
+
+
+def test_a_bias_sums_more_rows_than_bf16_counts() -> None:
+    """Every row adds 1: a bf16 sum would stop at 256."""
+    batch = some_batch(torch.zeros(3000, dtype=torch.int64), 3000, 1, 4, 2, torch.bfloat16, torch.float32, bias=True)
+    batch.token_N, batch.weight_N, batch.dy_TD = torch.arange(3000), torch.ones(3000), torch.ones_like(batch.dy_TD)
+    db_out = run(batch, "tiles")[6]
+    assert db_out is not None
+    assert (db_out == 3000).all()
+
+
+def test_biases_that_do_not_fit_are_refused() -> None:
+    batch = some_batch(_load(30, 3), 10, 3, 20, 12, bias=True)
+    assert batch.b_in is not None
+    assert batch.b_out is not None
+    leaves = batch.leaves[:4]
+    for b_in, b_out in (
+        (None, batch.b_out),
+        (batch.b_in, None),
+        (batch.b_in[:2], batch.b_out),
+        (batch.b_out, batch.b_in),
+    ):
+        with pytest.raises(ValueError, match="experts need biases"):
+            call(batch, "tiles", *leaves, b_in, b_out)  # type: ignore[arg-type]
+    for changed in (batch, some_batch(_load(30, 3), 10, 3, 20, 12, activation="clamped_swiglu")):
+        if HAVE_COMPILER:
+            with pytest.raises(ConfigError, match='knows neither biases nor "clamped_swiglu"; use backend="auto"'):
+                call(changed, "kernel")
+
+
 # ---- autograd ------------------------------------------------------------------------------------------------------------
 
 
@@ -234,8 +304,11 @@ def test_expanded_gradients(backend: str) -> None:
 
 
 def test_gradients_by_finite_differences() -> None:
-    for activation, gated in (("silu", True), ("gelu", False), ("gelu_tanh", True)):
-        batch = some_batch(torch.tensor([0, 2, 1, 0, 3, 0]), 4, 3, 5, 3, torch.float64, None, activation, gated)
+    for activation, gated in (("silu", True), ("gelu", False), ("gelu_tanh", True), ("clamped_swiglu", True)):
+        bias = activation in ("gelu", "clamped_swiglu")
+        batch = some_batch(
+            torch.tensor([0, 2, 1, 0, 3, 0]), 4, 3, 5, 3, torch.float64, None, activation, gated, bias=bias
+        )
         leaves = [t.requires_grad_() for t in batch.leaves]
         assert torch.autograd.gradcheck(lambda *leaves, b=batch: call(b, "tiles", *leaves), leaves)
 

@@ -82,8 +82,26 @@ def test_opaque_operators_keep_the_rules_of_torch(backend: str) -> None:
     batch = some_batch(torch.arange(12) % 3, 5, 4, 16, 12)
     order_N, _, counts_E = group_rows(batch.expert_N, 4)
     leaves = [t.requires_grad_() for t in batch.leaves]
-    args = (*leaves, batch.token_N, order_N, counts_E, "silu", True, backend == "kernel")
+    args = (*leaves, None, None, batch.token_N, order_N, counts_E, "silu", True, backend == "kernel")
     torch.library.opcheck(torch.ops.moesaic.experts_mlp.default, args)
+
+
+def test_the_operator_with_biases_keeps_them_too() -> None:
+    batch = some_batch(torch.arange(12) % 3, 5, 4, 16, 12, bias=True)
+    order_N, _, counts_E = group_rows(batch.expert_N, 4)
+    leaves = [t.requires_grad_() for t in batch.leaves]
+    args = (*leaves, batch.token_N, order_N, counts_E, "clamped_swiglu", True, False)
+    torch.library.opcheck(torch.ops.moesaic.experts_mlp.default, args)
+
+
+def test_biases_under_compile() -> None:
+    batch = some_batch(torch.arange(40) % 3, 20, 4, 16, 12, torch.bfloat16, torch.float32, "clamped_swiglu", bias=True)
+    want = run(batch, "tiles")
+    compiled = torch.compile(lambda *leaves: call(batch, "tiles", *leaves), fullgraph=True, backend="aot_eager")
+    leaves = [t.clone().requires_grad_() for t in batch.leaves]
+    y_TD = compiled(*leaves)
+    y_TD.backward(batch.dy_TD)
+    assert _equal([y_TD.detach(), *(t.grad for t in leaves)], want)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

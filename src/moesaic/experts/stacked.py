@@ -10,6 +10,7 @@ Legend: N rows, E experts, D model width, H expert width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from moesaic.nn.mlp import ACTIVATIONS, GATES, Activation, apply_activation
 from moesaic.ops.fused import Sources, as_they_are, experts_mlp
 from moesaic.ops.grouped import BACKENDS, Backend, grouped_mm
 from moesaic.ops.pages import prefer_huge
+from moesaic.ops.permute import add_rows
 
 
 class StackedExperts(nn.Module):
@@ -32,8 +34,8 @@ class StackedExperts(nn.Module):
         backend: "kernel" or "tiles" (``ops/fused.py``); "loop", "grouped_mm" or "reference" products (``ops/grouped.py``);
             "auto" takes the kernel on the processor where there is one, else tiles; and ``grouped_mm`` on a GPU.
         dropout: in training, share of hidden units set to 0 (Switch fine-tunes with 0.4 here and 0.1 elsewhere).
-        bias: ``b_in`` (E, 2H or H) and ``b_out`` (E, D) after the products (gpt-oss). The fused operations know no biases, so
-            such experts work on rows.
+        bias: ``b_in`` (E, 2H or H) and ``b_out`` (E, D) after the products (gpt-oss); the kernel knows none, nor
+            "clamped_swiglu".
     """
 
     def __init__(
@@ -52,8 +54,9 @@ class StackedExperts(nn.Module):
             raise ConfigError(f"Dropout inside experts must be at least 0 and below 1, not {dropout}.")
         one_of("activation", activation, [*ACTIVATIONS, *(GATES if gated else ())])
         one_of("backend", backend, BACKENDS)
-        if backend in ("kernel", "tiles") and (bias or activation in GATES):
-            raise ConfigError(f'backend="{backend}" knows neither biases nor "{activation}"; use "auto".')
+        if backend == "kernel" and (bias or activation in GATES):
+            what = "biases" if bias else f'"{activation}"'
+            raise ConfigError(f'backend="kernel" does not know {what} of experts; use backend="auto".')
         self.num_experts, self.dim, self.hidden = num_experts, dim, hidden
         self.activation, self.gated = activation, gated
         self.backend: Backend = backend
@@ -93,6 +96,7 @@ class StackedExperts(nn.Module):
             return experts_mlp(
                 x, self.w_in, self.w_out, counts_E, sources or as_they_are(x), self.activation, self.gated,
                 "kernel" if self.backend == "kernel" else "tiles" if self.backend == "tiles" else None,
+                self.b_in, self.b_out,
             )  # fmt: skip
         hidden = _shifted(grouped_mm(x, self.w_in.to(x.dtype), counts_E, self.backend), self.b_in, counts_E)
         hidden = apply_activation(hidden, self.activation, self.gated)
@@ -104,8 +108,6 @@ class StackedExperts(nn.Module):
         """Whether gather, experts and combine of such tokens are one operation here: ``forward`` with ``sources``."""
         if (self.dropout and self.training) or type(self).forward is not StackedExperts.forward:
             return False  # a subclass with a forward of its own knows rows alone
-        if self.b_in is not None or self.activation in GATES:
-            return False
         return self.backend in ("kernel", "tiles") or (self.backend == "auto" and x.device.type == "cpu")
 
     def expert(self, index: int) -> dict[str, Tensor]:
@@ -137,4 +139,22 @@ def _shifted(y_NW: Tensor, bias_EW: Tensor | None, counts_E: Tensor) -> Tensor:
         return y_NW
     row_N = torch.arange(y_NW.shape[0], device=y_NW.device)
     expert_N = torch.searchsorted(counts_E.cumsum(0), row_N, right=True)  # E past the last group
-    return y_NW + F.pad(bias_EW.to(y_NW.dtype), (0, 0, 0, 1))[expert_N]
+    shifted_NW: Tensor = _Shift.apply(y_NW, F.pad(bias_EW, (0, 0, 0, 1)), expert_N)
+    return shifted_NW
+
+
+class _Shift(torch.autograd.Function):
+    """``y[n] + bias[expert[n]]``. A bias gets the gradients of all its rows, more than bf16 can count: summed in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, y_NW: Tensor, bias_EW: Tensor, expert_N: Tensor) -> Tensor:
+        ctx.save_for_backward(expert_N)
+        ctx.like = bias_EW.shape[0], bias_EW.dtype
+        return y_NW + bias_EW.to(y_NW.dtype).index_select(0, expert_N)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NW: Tensor) -> tuple[Tensor | None, ...]:
+        (expert_N,) = ctx.saved_tensors
+        E, dtype = ctx.like
+        wide = torch.float64 if grad_NW.dtype == torch.float64 else torch.float32
+        return grad_NW, add_rows(grad_NW.to(wide), expert_N, E).to(dtype), None

@@ -21,8 +21,10 @@ class RopeScaling:
 
     Attributes:
         kind: "linear": all frequencies over ``factor`` (Chen et al. 2023). "dynamic": a base that grows with the length of the
-            input (NTK-aware). "yarn": only wavelengths that did not fit the old context, and a factor on cos and sin (Peng et
-            al. 2023). "llama3": the same idea by wavelength bands (Llama 3.1).
+            row (NTK-aware); beyond the old context a token decoded with a cache then differs from the same token in one
+            forward, because the keys held were turned by the base of their time, as in Hugging Face. "yarn": only wavelengths
+            that did not fit the old context, and a factor on cos and sin (Peng et al. 2023). "llama3": the same idea by
+            wavelength bands (Llama 3.1).
         factor: new context over old.
         original_max_seq_len: the old context; needed by all but "linear".
         beta_fast, beta_slow, truncate: of "yarn", the turns over the old context above which a frequency stays and below which
@@ -63,6 +65,18 @@ class RopeScaling:
                 f"{self.low_freq_factor}, and both above 0."
             )
 
+        if self.attention_factor is not None and not 0 < self.attention_factor < math.inf:
+            raise ConfigError(f"rope_scaling.attention_factor must be above 0, not {self.attention_factor}.")
+
+    def check(self, rope_dim: int, theta: float) -> None:
+        """Raises ``ConfigError`` where the formula has no value for these frequencies."""
+        if self.kind == "dynamic" and rope_dim <= 2:
+            raise ConfigError(
+                f'rope_scaling.kind="dynamic" needs more than {rope_dim} dimensions to turn; use "linear" or wider heads.'
+            )
+        if self.kind == "yarn" and not theta > 1:
+            raise ConfigError(f'rope_scaling.kind="yarn" needs a rope_theta above 1, not {theta}.')
+
     @property
     def table_scale(self) -> float:
         """Factor on cos and sin."""
@@ -83,19 +97,30 @@ class RopeScaling:
         return 0.1 * scale * math.log(self.factor) + 1.0
 
 
-def rope_frequencies(rope_dim: int, theta: float, scaling: RopeScaling | None, position_BS: Tensor) -> Tensor:
-    """fp32 (R / 2,): radians per position. The positions only matter to "dynamic", whose base follows the longest."""
+def rope_frequencies(
+    rope_dim: int, theta: float, scaling: RopeScaling | None, position_BS: Tensor, valid_BS: Tensor | None = None
+) -> Tensor:
+    """fp32 (R / 2,), or of "dynamic" (B, 1, R / 2): radians per position.
+
+    Positions (padding aside, where ``valid_BS`` names it) only matter to "dynamic", whose base follows the longest of each row.
+
+    The operations stand in the order Hugging Face has them, to the last bit: at position 100,000 that bit is a hundredth of a
+    radian.
+    """
     exponent = torch.arange(0, rope_dim, 2, device=position_BS.device, dtype=torch.float32) / rope_dim
+    plain = 1.0 / theta**exponent
     if scaling is None:
-        return theta**-exponent
+        return plain
+    scaling.check(rope_dim, theta)
     old, factor = scaling.original_max_seq_len or 1, scaling.factor
     if scaling.kind == "linear":
-        return theta**-exponent / factor
+        return plain / factor
     if scaling.kind == "dynamic":
-        length = (position_BS.max() + 1).clamp(min=old).float()
-        base = theta * (factor * length / old - (factor - 1)) ** (rope_dim / (rope_dim - 2))
-        return base**-exponent
-    plain = theta**-exponent
+        if valid_BS is not None:
+            position_BS = torch.where(valid_BS, position_BS, 0)
+        length_B1 = (position_BS.amax(dim=1, keepdim=True) + 1).clamp(min=old)
+        base_B1 = theta * (factor * length_B1 / old - (factor - 1)) ** (rope_dim / (rope_dim - 2))
+        return 1.0 / base_B1[:, :, None] ** exponent
     if scaling.kind == "llama3":
         wavelength = 2 * math.pi / plain
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
@@ -110,18 +135,22 @@ def rope_frequencies(rope_dim: int, theta: float, scaling: RopeScaling | None, p
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, rope_dim - 1)
     place = torch.arange(rope_dim // 2, device=position_BS.device, dtype=torch.float32)
-    divided = ((place - first) / (last - first or 0.001)).clamp(0, 1)
-    return plain / factor * divided + plain * (1 - divided)
+    stays = 1 - ((place - first) / (last - first or 0.001)).clamp(0, 1)
+    return 1.0 / (factor * theta**exponent) * (1 - stays) + plain * stays
 
 
 def rope_tables(
-    position_BS: Tensor, rope_dim: int, theta: float, scaling: RopeScaling | None = None
+    position_BS: Tensor,
+    rope_dim: int,
+    theta: float,
+    scaling: RopeScaling | None = None,
+    valid_BS: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """cos and sin, fp32 (B, 1, S, R), of angle ``position * frequency``; unscaled, ``theta^(-2i/R)`` for i in 0..R/2.
 
     The first half of sin is negative: ``rotate`` would otherwise negate half of every query and key in every layer.
     """
-    angle_BSR = position_BS[:, :, None].float() * rope_frequencies(rope_dim, theta, scaling, position_BS)
+    angle_BSR = position_BS[:, :, None].float() * rope_frequencies(rope_dim, theta, scaling, position_BS, valid_BS)
     cos_BSR, sin_BSR = angle_BSR.cos(), angle_BSR.sin()
     if scaling is not None and scaling.table_scale != 1:
         cos_BSR, sin_BSR = cos_BSR * scaling.table_scale, sin_BSR * scaling.table_scale

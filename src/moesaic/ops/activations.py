@@ -26,8 +26,21 @@ def clamped_swiglu(gate: Tensor, up: Tensor, alpha: float = 1.702, limit: float 
     return (up + 1) * gate * torch.sigmoid(alpha * gate)
 
 
-# Of gate and up together, where the product is not ``act(gate) * up``. The fused operations do not know them.
+def _clamped_swiglu_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, alpha: float = 1.702, limit: float = 7.0
+) -> Tensor:
+    """Gradient of ``[gate | up]``; as autograd has it, clamps pass it on at the limit and stop it beyond."""
+    low, inside = gate.clamp(max=limit), up.clamp(-limit, limit)
+    sigmoid = torch.sigmoid(alpha * low)
+    to_gate = grad * (inside + 1) * sigmoid * (1 + alpha * low * (1 - sigmoid))
+    to_up = grad * low * sigmoid
+    return torch.cat([to_gate.masked_fill(gate > limit, 0), to_up.masked_fill(up.abs() > limit, 0)], dim=-1)
+
+
+# Of gate and up together, where the product is not ``act(gate) * up``. The kernel in C does not know them.
 GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"clamped_swiglu": clamped_swiglu}
+
+_GATES_BACKWARD: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"clamped_swiglu": _clamped_swiglu_backward}
 
 _aten = torch.ops.aten
 # (gradient of the output, input) to gradient of the input: what autograd calls, for operators that run below autograd.
@@ -50,8 +63,10 @@ def apply_activation(hidden: Tensor, activation: str, gated: bool) -> Tensor:
 
 def activation_backward(grad: Tensor, hidden: Tensor, activation: str, gated: bool) -> Tensor:
     """Gradient of ``hidden`` from that of ``apply_activation(hidden, activation, gated)``."""
-    backward = _BACKWARD[activation]
     if not gated:
-        return backward(grad, hidden)
+        return _BACKWARD[activation](grad, hidden)
     gate, up = hidden.chunk(2, dim=-1)
+    if activation in GATES:
+        return _GATES_BACKWARD[activation](grad, gate, up)
+    backward = _BACKWARD[activation]
     return torch.cat([backward(grad * up, gate), grad * ACTIVATIONS[activation](gate)], dim=-1)

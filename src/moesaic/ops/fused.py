@@ -4,10 +4,10 @@
 >>> y_TD = experts_mlp(x_TD, w_in, w_out, grouping.counts_E, Sources(token_N, weight_N, grouping.order_N))
 
 Two back ends of one meaning, for any plan: "kernel" (C, ``ops/kernel/``: fp32 and bf16 on the processor) and "tiles" (PyTorch
-alone, expert by expert in small buffers; any float dtype, any device). Neither stores anything of the size (rows, dim), except
-for an expert that takes them all. Backward keeps x and the products before the activation, recomputes the cheap rest, and gets
-the gradient of a row's weight from ``<dy W_out^T, h>`` instead of from the row's output (as SonicMoE does). Sums over a token's
-experts run in fp32.
+alone, expert by expert in small buffers; any float dtype, any device, biases, ``clamped_swiglu``). Neither stores anything of
+the size (rows, dim), except for an expert that takes them all. Backward keeps x and the products before the activation,
+recomputes the cheap rest, and gets the gradient of a row's weight from ``<dy W_out^T, h>`` (and ``<dy, b_out>``) instead of
+from the row's output (as SonicMoE does). Sums over a token's experts run in fp32.
 
 Under ``torch.compile`` both are one opaque operator each way, which always keeps what backward needs and computes all
 gradients. First derivatives only; a second one raises.
@@ -24,10 +24,12 @@ from torch import Tensor
 
 from moesaic.errors import ConfigError
 from moesaic.ops import tiles
+from moesaic.ops.activations import GATES
 from moesaic.ops.first_order import first_order
 from moesaic.ops.kernel import call as kernel
 from moesaic.ops.kernel.build import has_amx
 from moesaic.ops.kernel.call import Rows, Shape
+from moesaic.ops.tiles import Biases
 
 FusedBackend = Literal["kernel", "tiles"]
 
@@ -76,6 +78,8 @@ def experts_mlp(
     activation: str = "silu",
     gated: bool = True,
     backend: FusedBackend | None = None,
+    b_in: Tensor | None = None,
+    b_out: Tensor | None = None,
 ) -> Tensor:
     """Feed-forward experts on the tokens a plan sends them.
 
@@ -85,29 +89,40 @@ def experts_mlp(
             (except where few rows read them in place).
         counts_E: int64 rows per expert; rows past the last group are not computed.
         sources: of the rows.
+        b_in, b_out: biases of the products, (E, W) and (E, D) in any float dtype, both or none; not on the kernel, which has no
+            "clamped_swiglu" either.
 
     Returns (T, D) in ``x``'s dtype; tokens without rows get zeros, experts without rows a zero gradient. Raises
     ``ValueError`` on mismatched shapes and ``ConfigError`` for a kernel that cannot be.
     """
     token_N, weight_N, order_N = _checked(x_TD, w_in, w_out, counts_E, sources, gated)
+    if (b_in is None) != (b_out is None) or (
+        b_in is not None and b_out is not None and (b_in.shape, b_out.shape) != (w_in.shape[::2], w_out.shape[::2])
+    ):
+        shapes = [None if bias is None else tuple(bias.shape) for bias in (b_in, b_out)]
+        raise ValueError(f"experts need biases (E, W) and (E, D) or neither; got {shapes[0]} and {shapes[1]}")
     if backend == "kernel" and not (kernel.takes(x_TD.dtype) and x_TD.device.type == "cpu" and kernel.loaded()):
         raise ConfigError(
             f'backend="kernel" computes fp32 and bf16 on the processor, with a C compiler; here it has {x_TD.dtype} on '
             f"{x_TD.device.type}, and the kernel {'is there' if kernel.loaded() else 'is not'} (`moesaic doctor` says "
             'why). Use backend="auto".'
         )
+    if b_in is not None or activation in GATES:
+        if backend == "kernel":
+            raise ConfigError('backend="kernel" knows neither biases nor "clamped_swiglu"; use backend="auto".')
+        backend = "tiles"
     if backend == "kernel" and not kernel.usable(x_TD, w_in):
         backend = "tiles"  # tensors that C cannot read: traced, counted, transformed
     backend = backend or pick_fused(x_TD, w_in, token_N.shape[0])
     if backend == "tiles" or w_in.dtype not in (x_TD.dtype, torch.float32) or w_out.dtype != w_in.dtype:
         w_in, w_out = w_in.to(x_TD.dtype), w_out.to(x_TD.dtype)
-    inputs = [x_TD, w_in, w_out, weight_N, token_N, order_N, counts_E.to(torch.int64)]
+    inputs = [x_TD, w_in, w_out, weight_N, b_in, b_out, token_N, order_N, counts_E.to(torch.int64)]
     if torch.compiler.is_compiling():
         opaque_TD: Tensor = _opaque(*inputs, activation, gated, backend == "kernel")[0]
         return opaque_TD
     shape = Shape(activation, gated)
-    inputs = [tensor.contiguous() for tensor in inputs]
-    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in inputs[:4]):
+    inputs = _contiguous(inputs)
+    if not torch.is_grad_enabled() or not any(tensor is not None and tensor.requires_grad for tensor in inputs[:6]):
         return _forward(inputs, shape, backend == "kernel", keep=False)[0]
     y_TD: Tensor = _Experts.apply(*inputs, shape, backend == "kernel")
     return y_TD
@@ -134,19 +149,27 @@ def _checked(
     return Sources(token_N.to(torch.int64), weight_N.to(tiles.wide(x_TD.dtype)), order_N.to(torch.int64))
 
 
-def _forward(inputs: list[Tensor], shape: Shape, use_kernel: bool, keep: bool) -> tuple[Tensor, Tensor | None]:
-    x_TD, w_in, w_out, weight_N, *rows = inputs
-    run = kernel.forward if use_kernel else tiles.forward
-    return run(x_TD, w_in, w_out, weight_N, Rows(*rows), shape, keep)
+def _contiguous(inputs: list[Tensor | None]) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in inputs]
+
+
+def _forward(inputs: list[Any], shape: Shape, use_kernel: bool, keep: bool) -> tuple[Tensor, Tensor | None]:
+    x_TD, w_in, w_out, weight_N, b_in, b_out, *rows = inputs
+    if use_kernel:
+        return kernel.forward(x_TD, w_in, w_out, weight_N, Rows(*rows), shape, keep)
+    return tiles.forward(x_TD, w_in, w_out, weight_N, Rows(*rows), shape, keep, Biases(b_in, b_out))
 
 
 def _backward(
-    dy_TD: Tensor, inputs: list[Tensor], pre_NW: Tensor, shape: Shape, use_kernel: bool,
-    needs: tuple[bool, bool, bool, bool],
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    x_TD, w_in, w_out, weight_N, *rows = inputs
-    run = kernel.backward if use_kernel else tiles.backward
-    return run(dy_TD, x_TD, w_in, w_out, weight_N, Rows(*rows), shape, pre_NW, needs)
+    dy_TD: Tensor, inputs: list[Any], pre_NW: Tensor, shape: Shape, use_kernel: bool, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the first six inputs."""
+    x_TD, w_in, w_out, weight_N, b_in, b_out, *rows = inputs
+    if use_kernel:
+        four = (needs[0], needs[1], needs[2], needs[3])
+        return *kernel.backward(dy_TD, x_TD, w_in, w_out, weight_N, Rows(*rows), shape, pre_NW, four), None, None
+    biases = Biases(b_in, b_out)
+    return tiles.backward(dy_TD, x_TD, w_in, w_out, weight_N, Rows(*rows), shape, pre_NW, needs, biases)
 
 
 class _Experts(torch.autograd.Function):
@@ -161,7 +184,7 @@ class _Experts(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, pre_NW = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:4]
+        needs = ctx.needs_input_grad[:6]
         gradients = _backward(dy_TD.contiguous(), tensors, pre_NW, ctx.shape, ctx.use_kernel, needs)
         return *gradients, None, None, None, None, None
 
@@ -171,11 +194,10 @@ class _Experts(torch.autograd.Function):
 
 @torch.library.custom_op("moesaic::experts_mlp", mutates_args=())
 def _opaque(
-    x_TD: Tensor, w_in: Tensor, w_out: Tensor, weight_N: Tensor, token_N: Tensor, order_N: Tensor,
-    counts_E: Tensor, activation: str, gated: bool, use_kernel: bool,
+    x_TD: Tensor, w_in: Tensor, w_out: Tensor, weight_N: Tensor, b_in: Tensor | None, b_out: Tensor | None,
+    token_N: Tensor, order_N: Tensor, counts_E: Tensor, activation: str, gated: bool, use_kernel: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    inputs = [x_TD, w_in, w_out, weight_N, token_N, order_N, counts_E]
-    inputs = [tensor.contiguous() for tensor in inputs]
+    inputs = _contiguous([x_TD, w_in, w_out, weight_N, b_in, b_out, token_N, order_N, counts_E])
     y_TD, pre_NW = _forward(inputs, Shape(activation, gated), use_kernel, keep=True)
     assert pre_NW is not None
     return y_TD, pre_NW
@@ -183,44 +205,43 @@ def _opaque(
 
 @_opaque.register_fake
 def _(
-    x_TD: Tensor, w_in: Tensor, w_out: Tensor, weight_N: Tensor, token_N: Tensor, order_N: Tensor,
-    counts_E: Tensor, activation: str, gated: bool, use_kernel: bool,
+    x_TD: Tensor, w_in: Tensor, w_out: Tensor, weight_N: Tensor, b_in: Tensor | None, b_out: Tensor | None,
+    token_N: Tensor, order_N: Tensor, counts_E: Tensor, activation: str, gated: bool, use_kernel: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return x_TD.new_empty(x_TD.shape), x_TD.new_empty(token_N.shape[0], w_in.shape[2])
 
 
 @torch.library.custom_op("moesaic::experts_mlp_backward", mutates_args=())
 def _opaque_backward(
-    dy_TD: Tensor, pre_NW: Tensor, x_TD: Tensor, w_in: Tensor, w_out: Tensor, weight_N: Tensor, token_N: Tensor,
-    order_N: Tensor, counts_E: Tensor, activation: str, gated: bool, use_kernel: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    inputs = [x_TD, w_in, w_out, weight_N, token_N, order_N, counts_E]
-    inputs = [tensor.contiguous() for tensor in inputs]
-    shape, needs = Shape(activation, gated), (True, True, True, True)
+    dy_TD: Tensor, pre_NW: Tensor, x_TD: Tensor, w_in: Tensor, w_out: Tensor, weight_N: Tensor,
+    b_in: Tensor | None, b_out: Tensor | None, token_N: Tensor, order_N: Tensor, counts_E: Tensor,
+    activation: str, gated: bool, use_kernel: bool,
+) -> list[Tensor]:  # fmt: skip
+    """Of the biases too where there are any: four gradients or six."""
+    inputs = _contiguous([x_TD, w_in, w_out, weight_N, b_in, b_out, token_N, order_N, counts_E])
+    shape, needs = Shape(activation, gated), (True,) * 6
     gradients = _backward(dy_TD.contiguous(), inputs, pre_NW.contiguous(), shape, use_kernel, needs)
-    dx_TD, dw_in, dw_out, dweight_N = gradients
-    assert dx_TD is not None and dw_in is not None and dw_out is not None and dweight_N is not None
-    return dx_TD, dw_in, dw_out, dweight_N
+    return [gradient for gradient in gradients if gradient is not None]
 
 
 @_opaque_backward.register_fake
 def _(
-    dy_TD: Tensor, pre_NW: Tensor, x_TD: Tensor, w_in: Tensor, w_out: Tensor, weight_N: Tensor, token_N: Tensor,
-    order_N: Tensor, counts_E: Tensor, activation: str, gated: bool, use_kernel: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    like = (x_TD, w_in, w_out, weight_N)
-    dx_TD, dw_in, dw_out, dweight_N = (tensor.new_empty(tensor.shape) for tensor in like)
-    return dx_TD, dw_in, dw_out, dweight_N
+    dy_TD: Tensor, pre_NW: Tensor, x_TD: Tensor, w_in: Tensor, w_out: Tensor, weight_N: Tensor,
+    b_in: Tensor | None, b_out: Tensor | None, token_N: Tensor, order_N: Tensor, counts_E: Tensor,
+    activation: str, gated: bool, use_kernel: bool,
+) -> list[Tensor]:  # fmt: skip
+    like = (x_TD, w_in, w_out, weight_N, b_in, b_out)
+    return [tensor.new_empty(tensor.shape) for tensor in like if tensor is not None]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[1], *inputs[:7])
-    ctx.rest = inputs[7:]
+    ctx.save_for_backward(output[1], *inputs[:9])
+    ctx.rest = inputs[9:]
 
 
 def _compiled_backward(ctx: Any, dy_TD: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     gradients = _opaque_backward(dy_TD, *ctx.saved_tensors, *ctx.rest)
-    return *gradients, None, None, None, None, None, None
+    return *gradients, *(None,) * (12 - len(gradients))
 
 
 _opaque.register_autograd(_compiled_backward, setup_context=_save)

@@ -62,10 +62,11 @@ def combine_rows(
         y_TD = (y_TKD.to(weight_N.dtype) * weight_N.view(num_tokens, per_token, 1)).sum(dim=1)
         return y_TD.to(y_ND.dtype)
     rows_ND = y_ND.to(weight_N.dtype) * weight_N[grouping.order_N][:, None]
-    return _add_rows(rows_ND, token_N[grouping.order_N], num_tokens).to(y_ND.dtype)
+    return add_rows(rows_ND, token_N[grouping.order_N], num_tokens).to(y_ND.dtype)
 
 
-def _add_rows(rows_ND: Tensor, token_N: Tensor, num_tokens: int) -> Tensor:
+def add_rows(rows_ND: Tensor, token_N: Tensor, num_tokens: int) -> Tensor:
+    """Rows summed into the tokens they name, in their own dtype, (T, D); the same in every run."""
     total_TD = rows_ND.new_zeros(num_tokens, rows_ND.shape[1])
     if rows_ND.is_cuda:
         return total_TD.index_put((token_N,), rows_ND, accumulate=True)
@@ -88,7 +89,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
         source_N, inverse_N = ctx.saved_tensors
         if ctx.per_token is None:
-            return _add_rows(grad_ND, source_N, ctx.num_tokens), None, None, None, None
+            return add_rows(grad_ND, source_N, ctx.num_tokens), None, None, None, None
         natural_ND = grad_ND.index_select(0, inverse_N)
         grad_TD = natural_ND.view(ctx.num_tokens, ctx.per_token, grad_ND.shape[1]).sum(dim=1)
         return grad_TD, None, None, None, None

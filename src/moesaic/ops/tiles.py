@@ -1,13 +1,15 @@
 """The fused experts on PyTorch alone: expert by expert through gather, product, activation, product, weighted sum.
 
-What ``ops/kernel/`` does in C, for machines without a compiler, for fp64 and fp16, for AMX, and as a second opinion in tests.
+What ``ops/kernel/`` does in C, for machines without a compiler, for fp64 and fp16, for AMX, for biases and gates that C does
+not know, and as a second opinion in tests.
 
 Legend: as in ``ops/fused.py``; M rows of one expert.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +18,17 @@ from moesaic.ops.activations import activation_backward, apply_activation
 from moesaic.ops.grouped import rows_times, transposed_times
 from moesaic.ops.kernel.call import Rows, Shape
 from moesaic.ops.phases import phase
+
+
+class Biases(NamedTuple):
+    """Of the two products, (E, W) and (E, D) in any float dtype; or None."""
+
+    b_in: Tensor | None = None
+    b_out: Tensor | None = None
+
+    def of(self, expert: int) -> tuple[Tensor | None, Tensor | None]:
+        """One expert's."""
+        return None if self.b_in is None else self.b_in[expert], None if self.b_out is None else self.b_out[expert]
 
 
 def _groups(rows: Rows) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
@@ -34,31 +47,29 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _product(x_ND: Tensor, w_DH: Tensor) -> Tensor:
-    y_NH = x_ND.new_empty(x_ND.shape[0], w_DH.shape[1])
+def _product(x_ND: Tensor, w_DH: Tensor, bias_H: Tensor | None = None, out_NH: Tensor | None = None) -> Tensor:
+    y_NH = x_ND.new_empty(x_ND.shape[0], w_DH.shape[1]) if out_NH is None else out_NH
     rows_times(x_ND, w_DH, y_NH)
-    return y_NH
+    return y_NH if bias_H is None else y_NH.add_(bias_H)
 
 
 def forward(
-    x_TD: Tensor, w_in: Tensor, w_out: Tensor, weight_N: Tensor, rows: Rows, shape: Shape, keep: bool
-) -> tuple[Tensor, Tensor | None]:
-    """As ``ops/kernel/call.py``."""
+    x_TD: Tensor, w_in: Tensor, w_out: Tensor, weight_N: Tensor, rows: Rows, shape: Shape, keep: bool,
+    biases: Biases,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """As ``ops/kernel/call.py``, and with biases."""
     sum_TD = torch.zeros_like(x_TD, dtype=wide(x_TD.dtype), memory_format=torch.contiguous_format)
     pre_NW = x_TD.new_empty(rows.token_N.shape[0], w_in.shape[2]) if keep else None
     for expert, places, natural_M, token_M in _groups(rows):
+        in_W, out_D = biases.of(expert)
         with phase("gather"):
             x_MD = x_TD.index_select(0, token_M)
         with phase("products"):
-            if pre_NW is None:
-                pre_MW = _product(x_MD, w_in[expert])
-            else:
-                pre_MW = pre_NW[places]
-                rows_times(x_MD, w_in[expert], pre_MW)
+            pre_MW = _product(x_MD, w_in[expert], in_W, None if pre_NW is None else pre_NW[places])
         with phase("activation"):
             hidden_MH = apply_activation(pre_MW, *shape)
         with phase("products"):
-            y_MD = _product(hidden_MH, w_out[expert])
+            y_MD = _product(hidden_MH, w_out[expert], out_D)
         with phase("combine"):
             sum_TD.index_add_(0, token_M, y_MD * weight_N[natural_M][:, None])
     return sum_TD.to(x_TD.dtype), pre_NW
@@ -66,9 +77,13 @@ def forward(
 
 def backward(
     dy_TD: Tensor, x_TD: Tensor, w_in: Tensor, w_out: Tensor, weight_N: Tensor, rows: Rows, shape: Shape,
-    pre_NW: Tensor, needs: tuple[bool, bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """As ``ops/kernel/call.py``."""
+    pre_NW: Tensor, needs: Sequence[bool], biases: Biases,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """As ``ops/kernel/call.py``, and with biases, whose gradients come last: six in all."""
+    db_in, db_out = (
+        torch.zeros_like(bias) if bias is not None and need else None
+        for bias, need in zip(biases, needs[4:], strict=True)
+    )
     sum_TD = torch.zeros_like(x_TD, dtype=wide(x_TD.dtype)) if needs[0] else None
     dw_in = torch.empty_like(w_in) if needs[1] else None
     dw_out = torch.empty_like(w_out) if needs[2] else None
@@ -86,7 +101,14 @@ def backward(
             weight_M1 = weight_N[natural_M][:, None]
             hidden_MH = apply_activation(pre_NW[places], *shape)
             dpre_MW = activation_backward((g_MH * weight_M1).to(g_MH.dtype), pre_NW[places], *shape)
-            dweight_N[natural_M] = (g_MH.to(weight_N.dtype) * hidden_MH).sum(dim=1)
+            dweight_M = (g_MH.to(weight_N.dtype) * hidden_MH).sum(dim=1)
+            if biases.b_out is not None:
+                dweight_M += dy_MD.to(weight_N.dtype) @ biases.b_out[expert].to(weight_N.dtype)
+            dweight_N[natural_M] = dweight_M
+        if db_in is not None:
+            db_in[expert] = dpre_MW.sum(dim=0, dtype=weight_N.dtype)
+        if db_out is not None:
+            db_out[expert] = weight_N[natural_M] @ dy_MD.to(weight_N.dtype)
         if dw_out is not None:
             with phase("products"):
                 transposed_times((hidden_MH * weight_M1).to(x_TD.dtype), dy_MD, dw_out[expert])
@@ -99,4 +121,4 @@ def backward(
             with phase("combine"):
                 sum_TD.index_add_(0, token_M, dx_MD.to(sum_TD.dtype))
     dx_TD = None if sum_TD is None else sum_TD.to(x_TD.dtype)
-    return dx_TD, dw_in, dw_out, dweight_N if needs[3] else None
+    return dx_TD, dw_in, dw_out, dweight_N if needs[3] else None, db_in, db_out
