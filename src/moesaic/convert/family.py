@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Literal
 
@@ -54,8 +54,8 @@ ACTIVATION_NAMES = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
     "relu": "relu",
     "relu2": "squared_relu",
 }
@@ -206,6 +206,9 @@ def write_rope(config: ModelConfig) -> dict[str, Any]:
     if scaling.kind in ("yarn", "llama3"):
         table["original_max_position_embeddings"] = scaling.original_max_seq_len
     table |= {name: getattr(scaling, name) for name in _ROPE_FIELDS_OF[scaling.kind]}
+    if scaling.kind == "yarn":  # what an absent key means
+        defaults = {field.name: field.default for field in fields(RopeScaling)}
+        table = {name: value for name, value in table.items() if value != defaults.get(name)}
     return {
         "rope_theta": config.rope_theta,
         "rope_scaling": {name: value for name, value in table.items() if value is not None},
