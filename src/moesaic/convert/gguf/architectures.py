@@ -61,6 +61,8 @@ _PLAIN: dict[str, Any] = {
     "moe.router.balance_bias": False,
     "moe.router.groups": "none",
 }
+# What makes an architecture the one meant, rather than a setting of it.
+_STRUCTURE = ("latent", "moe.layers", "qk_norm", "attention_sinks", "moe.shared")
 _SHAPES = ("free", "dim", "num_heads")  # whatever the widths of heads are
 _GROUPS = ("none", "top2_sum")
 _ROPES = (None, "linear", "yarn")
@@ -172,11 +174,15 @@ def architecture_of(config: ModelConfig) -> Architecture:
     _refuse_everywhere(config)
     found = features(config)
     misfits = {arch.name: _misfits(arch, found) for arch in ARCHITECTURES}
-    best = min(ARCHITECTURES, key=lambda arch: len(misfits[arch.name]))
+    best = min(ARCHITECTURES, key=lambda arch: sum(100 if name in _STRUCTURE else 1 for name in misfits[arch.name]))
     if misfits[best.name]:
+        parts = [
+            f"it needs {name} = {' or '.join(map(json.dumps, allowed))}, and this model has {json.dumps(found[name])}"
+            for name, allowed in misfits[best.name].items()
+        ]
         raise ConfigError(
             f'llama.cpp cannot compute this model. The nearest of its architectures is "{best.name}" ({best.families}), but '
-            f"{'; '.join(misfits[best.name])}."
+            f"{'; '.join(parts)}."
         )
     return best
 
@@ -221,22 +227,17 @@ def _sparse_layers(config: ModelConfig) -> str:
     return "all but the first" if sparse == tuple(range(layers - len(sparse), layers)) else "some"
 
 
-def _misfits(arch: Architecture, found: Mapping[str, Any]) -> list[str]:
-    """What ``arch`` cannot do, as parts of a sentence."""
-    parts = []
+def _misfits(arch: Architecture, found: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """Settings whose value ``arch`` does not compute -> the values it does."""
+    wrong = {}
     for setting, value in found.items():
         plain = _ROPES if setting == "rope_scaling.kind" else (_PLAIN[setting],)
         allowed = arch.allows.get(setting, plain)
         if found["moe.layers"] == "none" and setting.startswith("moe.") and setting != "moe.layers":
             continue
         if value not in allowed:
-            names = " or ".join(_word(a) for a in allowed)
-            parts.append(f"it needs {setting} = {names}, and this model has {_word(value)}")
-    return parts
-
-
-def _word(value: Any) -> str:
-    return json.dumps(value)
+            wrong[setting] = allowed
+    return wrong
 
 
 def _refuse_everywhere(config: ModelConfig) -> None:

@@ -59,7 +59,7 @@ def vocabulary_of(
         values["tokenizer.ggml.merges"] = [f"{left} {right}" for left, right in merges]
     elif model.get("byte_fallback"):
         values = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": _scores(tokens, merges)}
-        values["tokenizer.ggml.add_space_prefix"] = _adds_space(tokenizer)
+        values["tokenizer.ggml.add_space_prefix"] = _adds_space(tokenizer, notes)
     else:
         raise MoesaicError(
             f"{file} is neither a byte-level BPE nor one with byte fallback, so llama.cpp has no equal of it; export without a "
@@ -129,9 +129,16 @@ def _scores(tokens: list[str], merges: list[tuple[str, str]]) -> list[float]:
     return [-float(rank.get(token, len(merges))) for token in tokens]
 
 
-def _adds_space(tokenizer: Tokenizer) -> bool:
-    ids = tokenizer.encode("a", add_special_tokens=False).ids
-    return bool(ids) and str(tokenizer.id_to_token(ids[0])).startswith(_SPACE)
+def _adds_space(tokenizer: Tokenizer, notes: list[str]) -> bool:
+    """Whether a text gets a space before it."""
+    ids, spaced = (tokenizer.encode(text, add_special_tokens=False).ids for text in ("a", " a"))
+    adds = bool(ids) and str(tokenizer.id_to_token(ids[0])).startswith(_SPACE)
+    if adds and ids == spaced:
+        notes.append(
+            "The tokenizer puts a space before a text that has none, llama.cpp before every text: one that begins with a space "
+            "has two there."
+        )
+    return adds
 
 
 def _read_options(folder: Path) -> dict[str, Any]:
