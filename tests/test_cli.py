@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import re
@@ -15,9 +16,13 @@ import pytest
 
 import moesaic
 from moesaic import cli
-from moesaic.config import apply_overrides
+from moesaic.config import apply_overrides, to_dict
+from moesaic.settings import override
 from moesaic.terminal import guarded, options, parse, visible
+from moesaic.train.recipes import RECIPES
 from tests.command import TRAIN, Done, call, make_project, run, start
+
+generate_command = importlib.import_module("moesaic.commands.generate")
 
 
 @pytest.fixture(scope="module")
@@ -229,8 +234,8 @@ def test_every_example_parses(name: str, capsys: pytest.CaptureFixture[str]) -> 
         assert command == name
         call_bound = parse(cli.COMMANDS[name], name, args)
         assert call_bound.func is cli.COMMANDS[name]  # type: ignore[attr-defined]
-        for override in call_bound.keywords.get("set_", ()):  # type: ignore[attr-defined]
-            assert apply_overrides(cli.to_dict(cli.RECIPES["quickstart"]()), [override])
+        for item in call_bound.keywords.get("set_", ()):  # type: ignore[attr-defined]
+            assert apply_overrides(to_dict(RECIPES["quickstart"]()), [item])
     done = call(capsys, name, "--help")
     assert done.status == 0
     assert f"usage: moesaic {name}" in done.out
@@ -245,7 +250,7 @@ def test_the_overrides_in_examples_are_settings() -> None:
     for name in ("quickstart", "train"):
         for args in examples(name):
             bound = parse(cli.COMMANDS[name], name, args[1:]).keywords  # type: ignore[attr-defined]
-            cli.override(cli.to_dict(cli.RECIPES["quickstart"]()), bound["set_"], steps=None, seed=None)
+            override(to_dict(RECIPES["quickstart"]()), bound["set_"], steps=None, seed=None)
 
 
 def test_the_front_door(capsys: pytest.CaptureFixture[str]) -> None:
@@ -288,8 +293,8 @@ def test_escapes_a_model_writes_do_not_reach_the_terminal(
             more["on_text"](0, written)
         return [written] * len(prompts), replace(generation, finish=generation.finish[: len(prompts)])
 
-    _, generation = cli.generate_texts(moesaic.load("run"), ["a", "b"], max_new_tokens=2)
-    monkeypatch.setattr(cli, "generate_texts", writes_escapes)
+    _, generation = generate_command.generate_texts(moesaic.load("run"), ["a", "b"], max_new_tokens=2)
+    monkeypatch.setattr(generate_command, "generate_texts", writes_escapes)
     for prompts in (["a"], ["a", "b"]):
         done = call(capsys, "generate", "run", "--prompt", *prompts)
         assert done.status == 0

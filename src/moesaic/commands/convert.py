@@ -1,0 +1,126 @@
+"""``moesaic convert``: a checkpoint from one form to another, with an account of it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from tyro.conf import Positional, arg
+
+from moesaic.commands.output import Json, console_for, print_json, sayer
+from moesaic.convert.convert import plan_conversion, run_plan
+from moesaic.convert.coverage import size_in_words
+from moesaic.convert.hub import resolve
+from moesaic.errors import ConfigError
+
+
+def convert(
+    source: Annotated[
+        Positional[str],
+        arg(metavar="SOURCE", help="Hugging Face folder, moesaic folder, or OWNER/NAME[@REVISION] on the hub."),
+    ],
+    target: Annotated[Positional[Path], arg(metavar="TARGET", help="Folder to write; for gguf a file.")],
+    to: Annotated[
+        Literal["moesaic", "hf", "gguf"] | None,
+        arg(help="What to write.", help_behavior_hint="(default: moesaic; of a moesaic folder hf)"),
+    ] = None,
+    dtype: Annotated[
+        Literal["fp32", "bf16", "fp16"] | None,
+        arg(help="Of parameters; routers stay fp32.", help_behavior_hint="(default: as stored)"),
+    ] = None,
+    family: Annotated[
+        str | None,
+        arg(
+            metavar="NAME",
+            help="Model type of a Hugging Face target.",
+            help_behavior_hint="(default: the one it came from)",
+        ),
+    ] = None,
+    layout: Annotated[
+        Literal["per_expert", "stacked"] | None,
+        arg(
+            help="Experts in a Hugging Face target: a tensor for each, or one for all.",
+            help_behavior_hint="(default: the family's)",
+        ),
+    ] = None,
+    shard_gb: Annotated[float, arg(metavar="GB", help="Largest file of weights, in 10^9 bytes.")] = 5.0,
+    type: Annotated[str, arg(metavar="TYPE", help="Number type of a GGUF file: f32, f16, bf16, q8_0, q4_0.")] = "f16",
+    report: Annotated[
+        bool, arg(help="Print what was used: tensors, parameters, bytes, experts, every config key.")
+    ] = False,
+    dry_run: Annotated[bool, arg(help="Check everything, write nothing.")] = False,
+    no_verify: Annotated[bool, arg(help="Do not hash the files of a moesaic folder first.")] = False,
+    restart: Annotated[bool, arg(help="Do not go on with an earlier conversion that was cut short.")] = False,
+    json: Json = False,
+) -> int:
+    """Convert a checkpoint: Hugging Face to moesaic and back, other dtypes and layouts, GGUF for llama.cpp.
+
+    Every tensor and config key is accounted for before anything is written. One layer's experts are in memory at a time. A
+    conversion that was killed goes on where it stopped when the same command is given again.
+
+    Examples:
+      moesaic convert mixtral-hf mixtral --report
+      moesaic convert mistralai/Mixtral-8x7B-v0.1 mixtral --dtype bf16
+      moesaic convert mixtral mixtral-hf --to hf --layout stacked
+      moesaic convert runs/books/best books.gguf --to gguf --type q8_0
+      moesaic convert mixtral-hf out --dry-run --report --json
+    """
+    if not 0 < shard_gb < 1e9:
+        raise ConfigError(f"--shard-gb must be positive, not {shard_gb}.")
+    console = console_for(json)
+    say = sayer(console)
+    plan = plan_conversion(
+        resolve(source), target, to, dtype, family, layout, max(1, int(shard_gb * 1e9)), verify=not no_verify
+    )
+    if report and not json:
+        for line in plan.source.coverage.lines(names=True):
+            say(line)
+    if dry_run:
+        done = plan.report()
+        if not json:
+            say("Nothing is written (--dry-run). It would be:")
+    else:
+        with _progress() as progress:
+            done = run_plan(plan, not restart, progress, sayer(Console(stderr=True, highlight=False)), type)
+    if json:
+        print_json(done.record() | {"written": not dry_run})
+    else:
+        for line in done.lines():
+            say(line)
+    return 0
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """Bytes, speed and time left on standard error; off a terminal a line every ten seconds."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        begun = last = time.monotonic()
+
+        def line(done: int, total: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last >= 10 and done:
+                last = now
+                print(
+                    f"{size_in_words(done)} of {size_in_words(total)}, {now - begun:.0f} s", file=sys.stderr, flush=True
+                )
+
+        yield line
+        return
+    columns = (
+        TextColumn("converting"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("converting", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
