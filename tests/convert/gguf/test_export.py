@@ -19,6 +19,7 @@ from moesaic.checkpoint.native import save_model
 from moesaic.convert.gguf import KINDS, Kind, export_gguf, export_gguf_folder, export_tensors
 from moesaic.errors import CheckpointError, ConfigError, MoesaicError
 from moesaic.models.decoder import Decoder
+from moesaic.nn.rope import RopeScaling
 from tests.convert.gguf.families import FAMILIES, deepseek_v2, deepseek_v3, gpt_oss, llama, loud, mixtral, qwen3_moe
 from tests.models.tiny import lively
 
@@ -188,6 +189,15 @@ def test_metadata_of_deepseek_v3(tmp_path: Path) -> None:
     }  # fmt: skip
     assert {key: keys.get(key) for key in expected} == expected
     assert keys["deepseek2.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-6)
+
+
+def test_whole_numbers_where_fractions_are_meant_are_written_as_such(tmp_path: Path) -> None:
+    """A config from JSON may say 2 for 2.0; llama.cpp refuses a file whose key has another type."""
+    scaling = RopeScaling("yarn", 4, 32, beta_fast=16, attention_factor=2)
+    export_gguf(lively(llama(rope_theta=10000, rope_scaling=scaling)), tmp_path / "m.gguf")
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    for key in ("rope.freq_base", "rope.scaling.attn_factor"):
+        assert fields[f"llama.{key}"].types == [gguf.GGUFValueType.FLOAT32]
 
 
 def test_windows_of_gpt_oss(tmp_path: Path) -> None:

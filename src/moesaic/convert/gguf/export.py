@@ -126,9 +126,8 @@ def export_tensors(
     factors = rope_factors(config, arch)
     extra = [] if factors is None else [_entry(Target("rope_freqs.weight", _same, exact=True), factors, config, kind)]
     listed = [entry for row in entries.values() for entry in row] + extra
-    second = (
-        {"output.weight"} if config.tie_embeddings else set()
-    )  # of the embedding, where the head must be its own tensor
+    # A tied head may have to be a tensor of its own there: the embedding's numbers a second time.
+    second = {"output.weight"} if config.tie_embeddings else set()
     added = second & {entry.target.name for entry in listed} | {entry.target.name for entry in extra}
     parameters = sum(_numel(shapes[name]) for name in plan)
     if parameters != (made := sum(_numel(entry.shape) for entry in listed if entry.target.name not in added)):

@@ -92,7 +92,7 @@ def _rope(config: ModelConfig, arch: Architecture, notes: list[str]) -> Values:
     if scaling is None:
         return {}
     if rope_factors(config, arch) is not None:
-        return {} if scaling.table_scale == 1 else {"rope.scaling.attn_factor": scaling.table_scale}
+        return {} if scaling.table_scale == 1 else {"rope.scaling.attn_factor": float(scaling.table_scale)}
     values: Values = {"rope.scaling.type": scaling.kind, "rope.scaling.factor": float(scaling.factor)}
     log = 0.1 * math.log(scaling.factor)
     table = scaling.table_scale  # the factor on cos and sin
