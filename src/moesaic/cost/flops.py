@@ -8,6 +8,7 @@ share of tokens they take. Legend: T tokens, S positions, D model width.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from moesaic.experts.layer import MoE
 from moesaic.experts.special import WithSpecialExperts
 from moesaic.models.build import build_ffn
 from moesaic.models.config import ModelConfig
+
+_BIAS = re.compile(r"(^|\.)(bias|b_in|b_out)$")
 
 
 def model_flops(
@@ -143,4 +146,5 @@ def layer_parts(
 
 
 def _size(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+    """Numbers that are multiplied with something: biases are only added."""
+    return sum(p.numel() for name, p in module.named_parameters() if not _BIAS.search(name))

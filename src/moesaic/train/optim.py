@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from moesaic.errors import ConfigError
+from moesaic.experts import StackedExperts
 from moesaic.routing import Router
 
 
@@ -58,6 +59,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             plain.add(id(module.weight))
+        if isinstance(module, StackedExperts):  # stacked over experts, their biases look like matrices
+            plain.update(id(bias) for bias in (module.b_in, module.b_out) if bias is not None)
         if isinstance(module, Router):
             plain.update(id(p) for p in module.parameters())
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
