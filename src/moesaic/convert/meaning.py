@@ -1,4 +1,5 @@
-"""What a config computes in inference, in one canonical form: with equal meaning and equal weights logits are equal.
+"""What a config computes in inference, in one canonical form: with equal meaning and equal weights logits are equal (where
+two spellings differ in the order of operations, up to rounding).
 
 A family can hold a config exactly if reading what it wrote gives the same meaning back; nothing else decides about exports.
 """
@@ -11,6 +12,7 @@ from typing import Any
 
 from moesaic.config import to_dict
 from moesaic.models.config import ModelConfig, MoEConfig, RouterConfig, pick
+from moesaic.nn.rope import RopeScaling
 from moesaic.routing import ROUTERS
 
 # Options of routers that act in training alone.
@@ -33,8 +35,24 @@ def meaning(config: ModelConfig) -> dict[str, Any]:
     if not dense:
         found.pop("mlp_bias")
     found["sliding_window"] = [config.window(i) for i in layers]
+    if config.rope_scaling is not None:
+        found["rope_scaling"] = _rope_meaning(config.rope_scaling, config.latent is not None)
     if config.moe is not None:
         found["moe"] = _moe_meaning(config.moe, sparse)
+    return found
+
+
+def _rope_meaning(scaling: RopeScaling, latent: bool) -> dict[str, Any]:
+    """What the kind uses of it; of "yarn" the factors that come out."""
+    found: dict[str, Any] = {"kind": scaling.kind, "factor": scaling.factor}
+    if scaling.kind != "linear":
+        found["original_max_seq_len"] = scaling.original_max_seq_len
+    if scaling.kind == "yarn":
+        found |= {name: getattr(scaling, name) for name in ("beta_fast", "beta_slow", "truncate", "table_scale")}
+        if latent:
+            found["score_scale"] = scaling.score_scale
+    if scaling.kind == "llama3":
+        found |= {name: getattr(scaling, name) for name in ("low_freq_factor", "high_freq_factor")}
     return found
 
 
@@ -66,6 +84,8 @@ def _router_meaning(router: RouterConfig, ks: list[int]) -> dict[str, Any]:
     name = router.name
     if name == "switch" and set(ks) == {1}:  # in inference the chosen probability, as token choice without normalising
         name, options = "topk", {"normalize": "none"}
+    if name == "topk" and options.get("normalize") == "softmax_chosen":  # of the chosen logits, the same weights
+        options = {key: value for key, value in options.items() if key != "normalize"}
     groups = options.get("groups", 1)
     if name == "topk" and options.get("groups_kept", groups) == groups:
         options = {key: value for key, value in options.items() if key not in ("groups", "groups_kept", "group_score")}
