@@ -21,7 +21,7 @@ LEVELS = {
     **dict.fromkeys(["train", "compress", "lens", "convert"], 5),
     **dict.fromkeys(["audit", "report", "serve", "upcycle"], 6),
     **dict.fromkeys(["twins", "settings"], 7),
-    **dict.fromkeys(["quickstart", "compare", "profile"], 8),
+    **dict.fromkeys(["quickstart", "compare", "profile", "integrations"], 8),
     "__init__": 9,
     "commands": 10,
     "cli": 11,

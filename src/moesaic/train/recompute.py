@@ -33,6 +33,18 @@ def recompute_activations(model: Decoder) -> None:
             _recompute_forward(block.ffn)
 
 
+def keep_activations(model: Decoder) -> None:
+    """The inverse: keep activations again. Harmless for a model that does."""
+    for block in model.blocks:
+        ffn = block.ffn
+        if isinstance(ffn, MoE) and isinstance(ffn.dispatcher, RecomputedDispatch):
+            ffn.dispatcher = ffn.dispatcher.inner
+        parts: list[Any] = [block.attention, ffn, *([ffn.shared] if isinstance(ffn, MoE) else [])]
+        for module in parts:
+            if module is not None and isinstance(module.forward, RecomputedForward):
+                del module.forward  # what was set on the instance; the class's own is behind it
+
+
 class RecomputedDispatch:
     """Any dispatcher, with its activations recomputed from the same input and the same plan."""
 
