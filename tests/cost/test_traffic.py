@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from moesaic.cost.traffic import cache_bytes, decode_bytes
-from moesaic.models import MoEConfig, build_model
+from moesaic.cost.traffic import cache_bytes, cache_width, decode_bytes
+from moesaic.models import LatentConfig, MoEConfig, build_model
 from tests.models.tiny import tiny
 
 MOE = MoEConfig(num_experts=8, k=2, hidden=12)
@@ -41,3 +41,27 @@ def test_keys_and_values() -> None:
     assert cache_bytes(model, 30) == (30 + 10) * 2 * 2 * 4 * 4
     model.compute_dtype = torch.bfloat16
     assert cache_bytes(model, 30) == (30 + 10) * 2 * 2 * 4 * 2
+
+
+def test_latent_attention_keeps_one_vector_per_token() -> None:
+    """DeepSeek-V2: 512 + 64 numbers, where 128 heads of 192 and 128 would be 40,960. Bytes of the cache itself."""
+    config = tiny(num_kv_heads=None, latent=LatentConfig(6, None, 4, 4, 5))
+    model = build_model(config)
+    assert cache_width(config) == 10
+    assert cache_bytes(model, 7) == 2 * 7 * 10 * 4
+    cache = model.new_cache(1, 7)
+    assert sum(t.untyped_storage().nbytes() for t in cache.keys + cache.values) == cache_bytes(model, 7)
+    model.compute_dtype = torch.bfloat16
+    assert cache_bytes(model, 7) == 2 * 7 * 10 * 2
+    published = tiny(dim=5120, num_heads=128, num_kv_heads=None, latent=LatentConfig(512, 1536, 128, 64, 128))
+    assert cache_width(published) == 576
+
+
+def test_weights_of_latent_attention_and_biased_experts() -> None:
+    moe = MoEConfig(num_experts=8, k=2, hidden=12, expert_bias=True, shared=1, shared_hidden=7)
+    model = build_model(tiny(moe, num_kv_heads=None, latent=LatentConfig(6, 10, 4, 4, 5)))
+    parts = decode_bytes(model)
+    assert parts["experts"] == 2 * 2 * (3 * 16 * 12 + 2 * 12 + 16) * 4  # layers, experts used
+    assert parts["shared experts"] == 2 * 3 * 16 * 7 * 4
+    queries, latents = 16 * 10 + 10 + 10 * 4 * 8, 16 * 10 + 6 + 6 * 4 * 9
+    assert parts["attention"] == 2 * (queries + latents + 4 * 5 * 16) * 4

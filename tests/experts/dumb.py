@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moesaic.experts import MoE
-from moesaic.nn.mlp import ACTIVATIONS
+from moesaic.nn.mlp import ACTIVATIONS, GATES, MLP
 from moesaic.ops import reference
 from moesaic.plan import RoutingPlan, SoftPlan
 from moesaic.routing import Router, TokenContext, balance_loss
@@ -58,15 +58,21 @@ def reference_layer(layer: MoE, x_TD: Tensor, ctx: TokenContext) -> tuple[Tensor
         ])  # fmt: skip
     if layer.shared is not None:
         mlp = layer.shared.mlp
-        act = ACTIVATIONS[mlp.activation]
         for t in range(len(x_TD)):
             hidden = mlp.w_in.weight @ x_TD[t]
             half = len(hidden) // 2
-            out = mlp.w_out.weight @ (act(hidden[:half]) * hidden[half:] if mlp.gated else act(hidden))
+            out = mlp.w_out.weight @ _active(hidden[:half], hidden[half:], hidden, mlp)
             if layer.shared.output_gate is not None:
                 out = out / (1 + (-(layer.shared.output_gate.weight[0] @ x_TD[t])).exp())
             y_TD = torch.cat([y_TD[:t], (y_TD[t] + out)[None], y_TD[t + 1 :]])
     return y_TD, plan
+
+
+def _active(gate: Tensor, up: Tensor, hidden: Tensor, mlp: MLP) -> Tensor:
+    if mlp.activation in GATES:
+        return GATES[mlp.activation](gate, up)
+    act = ACTIVATIONS[mlp.activation]
+    return act(gate) * up if mlp.gated else act(hidden)
 
 
 def gradients(

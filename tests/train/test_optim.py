@@ -59,6 +59,17 @@ def test_every_parameter_is_in_one_group_by_the_stated_rule() -> None:
     assert {"blocks.1.ffn.experts.constant_v", "blocks.0.attention.q_norm.weight", "norm.bias"} <= groups["no_decay"]
 
 
+def test_sinks_and_all_biases_do_not_decay() -> None:
+    """The biases of stacked experts are matrices by shape alone."""
+    moe = MoEConfig(num_experts=4, k=2, hidden=12, dense_first=1, expert_bias=True, zero=1)
+    groups = named(build_model(tiny(moe, attention_sinks=True, attention_bias="qkv", mlp_bias=True), seed=0))
+    biases = {"blocks.1.ffn.experts.stacked.b_in", "blocks.1.ffn.experts.stacked.b_out", "blocks.0.ffn.w_in.bias"}
+    assert (
+        biases | {f"blocks.{i}.attention.{name}" for i in (0, 1) for name in ("sinks", "wq.bias")} <= groups["no_decay"]
+    )
+    assert {"blocks.1.ffn.experts.stacked.w_in", "blocks.1.ffn.experts.stacked.w_out"} <= groups["decay"]
+
+
 def test_a_tied_head_is_an_embedding_and_frozen_parameters_are_left_out() -> None:
     model = everything()
     assert "embedding.weight" in named(model)["no_decay"]
