@@ -31,8 +31,10 @@ CARRIED = (
     "task_specific_params", "temperature", "tokenizer_class", "top_k", "top_p", "torch_dtype", "transformers_version",
     "typical_p", "use_cache",
 )  # fmt: skip
-# These would have somebody's code run, or name an implementation: never followed.
-_REFUSED = ("auto_map", "trust_remote_code", "custom_pipelines", "_attn_implementation_internal")
+# Names code that came with the checkpoint. Published beside model types that are known without it; never followed nor written.
+DROPPED = ("auto_map",)
+# These would have somebody's code run, or name an implementation.
+REFUSED = ("trust_remote_code", "custom_pipelines", "_attn_implementation_internal")
 
 
 class Keys:
@@ -41,12 +43,14 @@ class Keys:
     Attributes:
         mapped: keys that went into our config, in the order they were asked for.
         carried: keys without effect on the function, with their values.
+        dropped: keys that are neither followed nor written back.
     """
 
     def __init__(self, data: Mapping[str, Any], where: str) -> None:
         self.data, self.where = dict(data), where
         self.mapped: list[str] = []
         self.carried: dict[str, Any] = {}
+        self.dropped: list[str] = []
 
     def get(self, name: str, default: Any = _REQUIRED) -> Any:
         """The value as it stands; null counts as absent where there is a default."""
@@ -117,8 +121,9 @@ class Keys:
     def finish(self) -> None:
         """Raise ``ConfigError`` unless every key was asked for."""
         self.carry(*CARRIED)
-        known = {*self.mapped, *self.carried}
-        for name in _REFUSED:
+        self.dropped = [name for name in DROPPED if name in self.data]
+        known = {*self.mapped, *self.carried, *self.dropped}
+        for name in REFUSED:
             if name in self.data:
                 raise ConfigError(f"{self.where}: the key {name} would have other code run; refused. Remove it.")
         unknown = sorted(set(self.data) - known)

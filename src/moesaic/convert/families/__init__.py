@@ -1,5 +1,7 @@
 """Every family that is read and written, by its ``model_type``. A new one is a file here and a line below."""
 
+from moesaic.convert.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from moesaic.convert.families.gpt_oss import GPT_OSS
 from moesaic.convert.families.llama import LLAMA, MISTRAL
 from moesaic.convert.families.mixtral import MIXTRAL
 from moesaic.convert.families.olmoe import OLMOE
@@ -17,5 +19,8 @@ FAMILIES: dict[str, Family] = {
         QWEN2_MOE,
         QWEN3_MOE,
         OLMOE,
+        DEEPSEEK_V2,
+        DEEPSEEK_V3,
+        GPT_OSS,
     )
 }
