@@ -77,7 +77,7 @@ def tiny_hf(config: Any, seed: int = 0) -> Any:
 
 
 def _draw(name: str, tensor: Tensor, dim: int, tied: bool) -> None:
-    if "inv_freq" in name:
+    if "inv_freq" in name or not tensor.numel():
         return
     if "norm" in name and tensor.dim() == 1:
         tensor.normal_(1.0, 0.3)
@@ -292,6 +292,9 @@ def same_in_transformers(one: Path, other: Path, ids_BS: Tensor) -> None:
 
 # Keys that transformers reads by way of others (``layer_types``), or of which two spellings mean the same.
 _RESPELLED = {"max_window_layers", "decoder_sparse_step", "mlp_only_layers", "_name_or_path", "architectures"}
+# Published keys that transformers leaves out when it saves; ours are written out, since others ask for them.
+_LEFT_OUT = {"seq_aux", "aux_loss_alpha", "scoring_func", "topk_method"}
+_ROPE_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
 
 
 def _comes_back(folder: Path, model: Decoder, ids_BS: Tensor) -> None:
@@ -308,6 +311,10 @@ def _comes_back(folder: Path, model: Decoder, ids_BS: Tensor) -> None:
             config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
         # null is what an absent option of a rope scaling means
         config["rope_parameters"] = {k: v for k, v in config["rope_parameters"].items() if v is not None}
+        if config["rope_parameters"]["rope_type"] == "yarn":
+            config["rope_parameters"] = _ROPE_DEFAULTS | config["rope_parameters"]
+    for key in _LEFT_OUT - configs[0].keys():
+        configs[1].pop(key, None)
     assert configs[0] == configs[1]
     native = folder / "native"
     mo.save(model, native)

@@ -33,7 +33,8 @@ class Family:
         write: from our config to keys: total; what it cannot say shows when it is read again (``meaning``).
         table: config, layout, carried keys -> entries.
         layouts: layouts that are read; export writes the first unless told otherwise.
-        aside: names of tensors that are no part of the model, kept and written back (multi-token prediction layers).
+        aside: name, config, carried keys -> whether the tensor is no part of the model, kept and written back (layers of
+            multi-token prediction).
         ignored: names of tensors that are recomputed anyway (buffers of old versions).
     """
 
@@ -43,7 +44,7 @@ class Family:
     write: Callable[[ModelConfig], dict[str, Any]]
     table: Callable[[ModelConfig, Layout, dict[str, Any]], list[Entry]]
     layouts: tuple[Layout, ...] = ("per_expert", "stacked")
-    aside: Callable[[str, ModelConfig], bool] = field(default=lambda name, config: False)
+    aside: Callable[[str, ModelConfig, dict[str, Any]], bool] = field(default=lambda name, config, carried: False)
     ignored: re.Pattern[str] = re.compile(r".*\.rotary_emb\.inv_freq")
 
 

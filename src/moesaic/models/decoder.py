@@ -37,6 +37,7 @@ class Decoder(nn.Module):
         tokenizer: the tokenizer it was loaded with, or None.
         companions: other files that came with it by name (tokenizer settings, chat templates), to be saved with it.
         source: what a converter noted of the checkpoint it came from, or None; saved and loaded with it.
+        aside: tensors that came with it and are no part of it (``checkpoint.aside.Aside``), or None; saved with it.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Decoder(nn.Module):
         self.tokenizer: Any = None
         self.companions: dict[str, bytes] = {}
         self.source: dict[str, Any] | None = None
+        self.aside: Any = None
 
     def forward(
         self,
