@@ -12,7 +12,6 @@ import pytest
 from moesaic.convert.families import FAMILIES
 from moesaic.convert.family import read_rope
 from moesaic.convert.keys import Keys
-from moesaic.convert.meaning import meaning
 from moesaic.convert.read import config_of
 from moesaic.errors import ConfigError, MoesaicError
 from moesaic.models.config import ModelConfig
@@ -95,10 +94,17 @@ def test_an_unknown_key_is_refused_with_its_value_and_the_nearest_known() -> Non
     )
 
 
-@pytest.mark.parametrize("name", ["auto_map", "trust_remote_code"])
+@pytest.mark.parametrize("name", ["trust_remote_code", "custom_pipelines"])
 def test_a_key_that_runs_code_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=f"the key {name} would have other code run"):
-        keys(**{name: {"AutoConfig": "a.B"}}).finish()
+        keys(**{name: True}).finish()
+
+
+def test_the_code_a_checkpoint_brings_is_neither_followed_nor_passed_on() -> None:
+    found = keys(auto_map={"AutoConfig": "a.B"})
+    found.finish()
+    assert found.dropped == ["auto_map"]
+    assert not found.carried
 
 
 # ---- families ----
@@ -125,30 +131,51 @@ def test_every_family_needs_its_sizes_and_takes_whole_numbers(family: str, data:
                 read(family, data | {name: impossible})
 
 
-def _accepted_by_transformers(family: str, data: dict[str, Any]) -> dict[str, Any] | None:
+def _in_transformers(family: str, data: dict[str, Any]) -> dict[str, Any] | None:
+    """``data`` as transformers completes it; None where it wants none of it."""
     transformers = pytest.importorskip("transformers")
+    kind = transformers.CONFIG_MAPPING[family]
     try:
-        return json.loads(transformers.AutoConfig.for_model(family, **data).to_json_string(use_diff=False))  # type: ignore[no-any-return]
+        return json.loads(kind.from_dict(data).to_json_string(use_diff=False))  # type: ignore[no-any-return]
     except Exception:  # noqa: BLE001 - many kinds, and all mean no
         return None
+
+
+# Sizes without a useful default: asked for, where transformers would make up the largest model of the family.
+SIZES = {
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings",
+    "num_experts_per_tok", "num_experts", "num_local_experts", "moe_intermediate_size", "shared_expert_intermediate_size",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("family", "data"), PLAIN)
 @pytest.mark.parametrize("change", ["absent", "null"])
 def test_absent_and_null_mean_what_they_mean_in_transformers(family: str, data: dict[str, Any], change: str) -> None:
-    """Or are refused: nothing is read with another meaning than there."""
-    full = _accepted_by_transformers(family, data)
+    # So many heads that every family's own number of key/value heads divides them.
+    full = _in_transformers(family, data | {"num_attention_heads": 32, "hidden_size": 256})
     assert full is not None
+    compared = set()
     for name in full:
         rest = {k: v for k, v in full.items() if k != name} | ({name: None} if change == "null" else {})
-        theirs = _accepted_by_transformers(family, {k: v for k, v in rest.items() if k != "transformers_version"})
+        theirs = _in_transformers(family, rest)
+        if theirs is None:
+            continue
+        compared.add(name)
         try:
             ours = read(family, rest)
         except MoesaicError:
-            assert name not in ("head_dim", "layer_types", "rope_parameters", "mlp_only_layers", "norm_topk_prob")
+            assert name in SIZES, name
             continue
-        if theirs is not None:
-            assert meaning(ours) == meaning(read(family, theirs)), name
+        assert ours == read(family, theirs), name
+    if change == "absent":
+        assert compared >= {
+            "rms_norm_eps",
+            "hidden_act",
+            "tie_word_embeddings",
+            "rope_parameters",
+            "num_key_value_heads",
+        }
+        assert len(compared) > len(full) - 3, full.keys() - compared
 
 
 def test_the_number_of_key_value_heads_that_is_null_is_not_the_one_that_is_absent() -> None:

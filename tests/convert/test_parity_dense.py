@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.convert.parity import assert_parity, transformers
-from tests.convert.variants import DYNAMIC, ROPES, TINY, rope
+from tests.convert.variants import DYNAMIC, ROPES, TINY, rope, ropes_slow
 
 LLAMA: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -54,6 +54,6 @@ def test_mistral(name: str, tmp_path: Path) -> None:
     print("mistral", name, assert_parity(transformers.MistralConfig(**TINY | MISTRAL[name]), tmp_path))
 
 
-@pytest.mark.parametrize("name", QWEN3)
+@pytest.mark.parametrize("name", ropes_slow(QWEN3))
 def test_qwen3(name: str, tmp_path: Path) -> None:
     print("qwen3", name, assert_parity(transformers.Qwen3Config(**TINY | QWEN3[name]), tmp_path))

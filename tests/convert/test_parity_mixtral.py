@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.convert.parity import assert_parity, transformers
-from tests.convert.variants import DYNAMIC, ROPES, TINY, rope
+from tests.convert.variants import DYNAMIC, ROPES, TINY, rope, ropes_slow
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -25,7 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", ropes_slow(VARIANTS))
 def test_mixtral(name: str, tmp_path: Path) -> None:
     config = transformers.MixtralConfig(**TINY | {"num_local_experts": 6} | VARIANTS[name])
     print("mixtral", name, assert_parity(config, tmp_path))

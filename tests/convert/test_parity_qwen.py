@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.convert.parity import assert_parity, transformers
-from tests.convert.variants import DYNAMIC, ROPES, TINY, rope
+from tests.convert.variants import DYNAMIC, ROPES, TINY, rope, ropes_slow
 
 SPARSE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 SHARED = {**SPARSE, "shared_expert_intermediate_size": 28}
@@ -61,7 +61,7 @@ def without(values: dict[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name != key}
 
 
-@pytest.mark.parametrize("name", QWEN2_MOE)
+@pytest.mark.parametrize("name", ropes_slow(QWEN2_MOE))
 def test_qwen2_moe(name: str, tmp_path: Path) -> None:
     config = transformers.Qwen2MoeConfig(**TINY | SHARED | QWEN2_MOE[name])
     print("qwen2_moe", name, assert_parity(config, tmp_path))
@@ -72,7 +72,7 @@ def test_qwen3_moe(name: str, tmp_path: Path) -> None:
     print("qwen3_moe", name, assert_parity(transformers.Qwen3MoeConfig(**TINY | SPARSE | QWEN3_MOE[name]), tmp_path))
 
 
-@pytest.mark.parametrize("name", OLMOE)
+@pytest.mark.parametrize("name", ropes_slow(OLMOE))
 def test_olmoe(name: str, tmp_path: Path) -> None:
     sizes = without(TINY, "head_dim") | without(SPARSE, "moe_intermediate_size")
     print("olmoe", name, assert_parity(transformers.OlmoeConfig(**sizes | OLMOE[name]), tmp_path))

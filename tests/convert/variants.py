@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
+
+import pytest
 
 TINY: dict[str, Any] = {
     "vocab_size": 96,
@@ -39,3 +42,8 @@ DYNAMIC: dict[str, Any] = {
 def rope(name: str, theta: float = 10000.0) -> dict[str, Any]:
     """``rope_parameters`` of one of the scalings."""
     return {"rope_parameters": {**ROPES[name], "rope_theta": theta}}
+
+
+def ropes_slow(names: Iterable[str]) -> list[Any]:
+    """Test parameters, the scalings among them marked slow: they share their code with a family whose are not."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in ROPES else name for name in names]
