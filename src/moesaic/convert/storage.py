@@ -1,7 +1,7 @@
 """The tensors of a foreign checkpoint as they are meant, whatever form they are stored in.
 
 Quantised ones are dequantised when they are read, one expert or strip of rows at a time: block-scaled FP8 (DeepSeek-V3) and
-MXFP4 (gpt-oss). Of both the result is bf16 by default: these models are made for it, it holds E2M1 times a power of two exactly,
+MXFP4 (gpt-oss). Of both the result is bf16 by default: these models are made for it, it holds E2M1 times a power of two as is,
 and DeepSeek's own conversion makes it. Asked for fp32, E4M3 times its fp32 factor is not rounded to eight bits.
 """
 

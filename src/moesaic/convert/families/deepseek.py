@@ -8,6 +8,7 @@ Sources: DeepSeek-V2 and -V3 (2024), their published code, and transformers.
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -224,7 +225,7 @@ def _feed_forward(config: ModelConfig, i: int, layout: Layout, carried: dict[str
     # With a count of 0 they build and store a network of no width: its tensors come from, and fill, no numbers of ours.
     outward = entries.index(next(entry for entry in entries if entry.ours.endswith("experts.w_out")))
     empty = [
-        Piece(f"{theirs}.shared_experts.{name}.weight", shape, lambda w, shape=shape: _no_rows(w, shape))
+        Piece(f"{theirs}.shared_experts.{name}.weight", shape, partial(_no_rows, shape=shape))
         for name, shape in (("gate_proj", (0, D)), ("up_proj", (0, D)), ("down_proj", (D, 0)))
     ]
     entries[outward] = Entry(entries[outward].ours, (*entries[outward].pieces, *empty))
