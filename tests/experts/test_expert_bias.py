@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -222,6 +223,14 @@ def test_the_layer_is_its_dumb_twin(options: Any, activation: Any, backend: Any,
     assert_truth(layer, x_TD, valid=[1, 1, 1, 0, 1, 1, 1, 1, 1], losses=losses, tolerance=tolerance)
 
 
+@pytest.fixture
+def compiler() -> Iterator[None]:
+    """Forgets what was compiled: dynamo gives up on a function after eight versions of it."""
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("compiler")
 def test_the_layer_without_a_compiler_and_under_compile() -> None:
     layer = MoE(16, 8, 4, 2, activation="clamped_swiglu", expert_bias=True)
     x_TD = torch.randn(12, 16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -189,9 +190,16 @@ def test_recomputed_gradients_are_bit_for_bit_the_same(name: str, dtype: torch.d
         assert gradient.any() or "router" in key, key  # everything learns
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor:UserWarning"
-)  # dynamo's own look at a block's input
+@pytest.fixture
+def compiler() -> Iterator[None]:
+    """Forgets what was compiled: dynamo gives up on a function after eight versions of it."""
+    yield
+    torch.compiler.reset()
+
+
+# dynamo's own look at a block's input
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("name", ["latent", "DeepSeek", "gpt-oss", "OLMoE"])
 def test_a_block_compiles_in_one_piece(name: str) -> None:
     model, ids = model_of(name).train(), some_ids(2, 8)

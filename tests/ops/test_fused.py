@@ -210,6 +210,15 @@ def test_biases_get_gradients_only_where_needed(needs: tuple[bool, ...]) -> None
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_tiles_cast_wide_weights_to_the_same_numbers(bias: bool) -> None:
+    """Without gradients only those of experts that have rows; with gradients all at once."""
+    batch = some_batch(torch.tensor([0, 2, 2, 5]), 3, 6, 20, 12, torch.bfloat16, torch.float32, bias=bias)
+    with torch.no_grad():
+        few = call(batch, "tiles")
+    assert torch.equal(run(batch, "tiles")[0], few)  # type: ignore[arg-type]
+
+
 def test_a_bias_sums_more_rows_than_bf16_counts() -> None:
     """Every row adds 1: a bf16 sum would stop at 256."""
     batch = some_batch(torch.zeros(3000, dtype=torch.int64), 3000, 1, 4, 2, torch.bfloat16, torch.float32, bias=True)

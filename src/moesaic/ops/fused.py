@@ -114,7 +114,12 @@ def experts_mlp(
     if backend == "kernel" and not kernel.usable(x_TD, w_in):
         backend = "tiles"  # tensors that C cannot read: traced, counted, transformed
     backend = backend or pick_fused(x_TD, w_in, token_N.shape[0])
-    if backend == "tiles" or w_in.dtype not in (x_TD.dtype, torch.float32) or w_out.dtype != w_in.dtype:
+    leaves = (x_TD, w_in, w_out, weight_N, b_in, b_out)
+    learns = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
+    casts = (
+        learns or torch.compiler.is_compiling()
+    )  # else tiles cast the experts that have rows: with one token, k of them
+    if casts if backend == "tiles" else w_in.dtype not in (x_TD.dtype, torch.float32) or w_out.dtype != w_in.dtype:
         w_in, w_out = w_in.to(x_TD.dtype), w_out.to(x_TD.dtype)
     inputs = [x_TD, w_in, w_out, weight_N, b_in, b_out, token_N, order_N, counts_E.to(torch.int64)]
     if torch.compiler.is_compiling():
@@ -122,7 +127,7 @@ def experts_mlp(
         return opaque_TD
     shape = Shape(activation, gated)
     inputs = _contiguous(inputs)
-    if not torch.is_grad_enabled() or not any(tensor is not None and tensor.requires_grad for tensor in inputs[:6]):
+    if not learns:
         return _forward(inputs, shape, backend == "kernel", keep=False)[0]
     y_TD: Tensor = _Experts.apply(*inputs, shape, backend == "kernel")
     return y_TD

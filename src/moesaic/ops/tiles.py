@@ -57,7 +57,7 @@ def forward(
     x_TD: Tensor, w_in: Tensor, w_out: Tensor, weight_N: Tensor, rows: Rows, shape: Shape, keep: bool,
     biases: Biases,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """As ``ops/kernel/call.py``, and with biases."""
+    """As ``ops/kernel/call.py``, and with biases. Weights of another dtype are cast expert by expert, where there are rows."""
     sum_TD = torch.zeros_like(x_TD, dtype=wide(x_TD.dtype), memory_format=torch.contiguous_format)
     pre_NW = x_TD.new_empty(rows.token_N.shape[0], w_in.shape[2]) if keep else None
     for expert, places, natural_M, token_M in _groups(rows):
@@ -65,11 +65,11 @@ def forward(
         with phase("gather"):
             x_MD = x_TD.index_select(0, token_M)
         with phase("products"):
-            pre_MW = _product(x_MD, w_in[expert], in_W, None if pre_NW is None else pre_NW[places])
+            pre_MW = _product(x_MD, w_in[expert].to(x_TD.dtype), in_W, None if pre_NW is None else pre_NW[places])
         with phase("activation"):
             hidden_MH = apply_activation(pre_MW, *shape)
         with phase("products"):
-            y_MD = _product(hidden_MH, w_out[expert], out_D)
+            y_MD = _product(hidden_MH, w_out[expert].to(x_TD.dtype), out_D)
         with phase("combine"):
             sum_TD.index_add_(0, token_M, y_MD * weight_N[natural_M][:, None])
     return sum_TD.to(x_TD.dtype), pre_NW
