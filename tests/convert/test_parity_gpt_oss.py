@@ -14,7 +14,11 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 SMALL: dict[str, Any] = {**TINY, "num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 5}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},  # its own yarn, windows shorter than the text in every other layer
-    "four_of_six": {"num_experts_per_tok": 4, "num_key_value_heads": 4, "sliding_window": 2},
+    "four_of_six": {
+        "num_experts_per_tok": 4,
+        "num_key_value_heads": 4,
+        "sliding_window": 2,
+    },  # of 1, their cache keeps all
     "tied_one_key_head": {"tie_word_embeddings": True, "num_key_value_heads": 1},
     "no_attention_bias": {"attention_bias": False, "head_dim": 16},
     "all_full": {"layer_types": [FULL] * 3},

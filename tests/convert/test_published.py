@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from moesaic.convert.families import FAMILIES
 from moesaic.convert.keys import Keys
@@ -146,6 +147,22 @@ def test_a_gpt_oss_config_without_scaling_has_the_released_one() -> None:
     assert config.rope_scaling is None
     again, _ = read(plan_export(config).values)
     assert again.rope_scaling is None
+
+
+@pytest.mark.parametrize("count", [None, 0])
+def test_no_shared_experts(count: int | None) -> None:
+    """Of a count of 0 networks of no width are stored, as DeepSeek's code and transformers do; of null none at all."""
+    config, keys = read(published("deepseek-v3") | {"n_shared_experts": count})
+    assert config.moe is not None
+    assert config.moe.shared == 0
+    table = FAMILIES["deepseek_v3"].table(config, "stacked", keys.carried)
+    empty = [piece for entry in table for piece in entry.pieces if "shared_experts" in piece.theirs]
+    assert len(empty) == (0 if count is None else 3 * 58)
+    assert all(torch.Size(piece.shape).numel() == 0 for piece in empty)
+    # Written as 0, which transformers needs, with the tensors that go with it.
+    export = plan_export(config, {"family": "deepseek_v3", "config": keys.carried})
+    assert export.values["n_shared_experts"] == 0
+    assert sum("shared_experts" in piece.theirs for entry in export.table for piece in entry.pieces) == 3 * 58
 
 
 def test_as_transformers_reads_them() -> None:

@@ -76,6 +76,8 @@ def test_mxfp4_as_transformers_has_it() -> None:
     theirs = convert_moe_packed_tensors(blocks, scales)  # (1, columns, rows)
     ours = from_mxfp4(blocks[0], scales[0])
     assert torch.equal(ours.view(torch.int16), theirs[0].t().contiguous().view(torch.int16))
+    thrice = from_mxfp4(blocks[0].repeat(3, 1, 1), scales[0].repeat(3, 1))  # more rows than are done at once
+    assert torch.equal(thrice.view(torch.int16), ours.repeat(3, 1).view(torch.int16))
     wide = from_mxfp4(blocks[0], scales[0], torch.float32)
     assert torch.equal(wide.bfloat16().view(torch.int16), ours.view(torch.int16))
 
