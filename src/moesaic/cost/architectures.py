@@ -71,7 +71,7 @@ def _t5(
 def _vision(
     layers: int, sparse: int, dim: int, hidden: int, k: int, classes: int, patch: int, text: int = 0
 ) -> Counted:
-    """A vision Transformer on 224 x 224 pixels with 32 ungated experts and biases; ``text``: a vocabulary beside the patches."""
+    """A vision Transformer of 224 x 224 pixels, 32 ungated experts, biases; ``text``: a vocabulary beside the patches."""
     network = 2 * dim * hidden + hidden + dim
     parts = {
         "embedding": text * dim,

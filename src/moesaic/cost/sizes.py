@@ -44,16 +44,14 @@ STORAGE: dict[str, Storage] = {
         8 + Fraction(32, 128 * 128),
         8,
         _MATRICES,
-        "an fp32 scale per block of 128 x 128; embeddings, head and norms bf16",
+        "an fp32 scale per 128 x 128; embeddings, head, norms bf16",
     ),
-    "int4": Storage(
-        4 + Fraction(16, 128), 4, _MATRICES, "a 16-bit scale per 128 weights; embeddings, head and norms bf16"
-    ),
+    "int4": Storage(4 + Fraction(16, 128), 4, _MATRICES, "a 16-bit scale per 128; embeddings, head, norms bf16"),
     "mxfp4": Storage(
         4 + Fraction(8, 32),
         4,
         frozenset({"experts"}),
-        "experts alone, an 8-bit scale per 32 weights; everything else bf16",
+        "experts alone, an 8-bit scale per 32; all else bf16",
     ),
 }
 _FP32_PARTS = ("router", "depth router")

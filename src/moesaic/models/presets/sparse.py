@@ -1,20 +1,11 @@
-"""Published decoder models as configs: every setting of the released ``config.json`` that a decoder here has.
-
->>> build_model(preset("deepseek-v3"), device="meta")        # 671 billion parameters, no memory
->>> replace(preset("mixtral-8x7b"), num_layers=2)            # the same, shallower
-
-Sizes: the papers and model cards (their counts are in ``cost/published.py``). Other settings: the ``config.json`` of the release
-named beside each, as the defaults of Hugging Face's transformers or public copies of the file show it; what was found in
-neither is said. Losses are the coefficients of ``config.json``, of which some say little of how a model was trained.
-"""
+"""Sparse models."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
-from moesaic.errors import ConfigError, nearest
 from moesaic.models.config import LatentConfig, ModelConfig, MoEConfig, RouterConfig
+from moesaic.models.presets.dense import qwen3
 from moesaic.nn.rope import RopeScaling
 
 _RENORMALISED = RouterConfig("topk", {"normalize": "chosen"})
@@ -209,23 +200,6 @@ def qwen2_57b_a14b() -> ModelConfig:
     )
 
 
-def _qwen3(dim: int, num_layers: int, num_heads: int, num_kv_heads: int, **changes: object) -> ModelConfig:
-    config = ModelConfig(
-        vocab_size=151936,
-        dim=dim,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=128,
-        norm_eps=1e-6,
-        rope_theta=1e6,
-        max_seq_len=40960,
-        qk_norm="head",
-        tie_embeddings=False,
-    )
-    return replace(config, **changes)  # type: ignore[arg-type]
-
-
 def _qwen3_moe(hidden: int) -> MoEConfig:
     return MoEConfig(
         num_experts=128,
@@ -239,12 +213,12 @@ def _qwen3_moe(hidden: int) -> MoEConfig:
 
 def qwen3_30b_a3b() -> ModelConfig:
     """Qwen3-30B-A3B; its base model's context is 32768."""
-    return _qwen3(2048, 48, 32, 4, moe=_qwen3_moe(768))
+    return qwen3(2048, 48, 32, 4, moe=_qwen3_moe(768))
 
 
 def qwen3_235b_a22b() -> ModelConfig:
     """Qwen3-235B-A22B."""
-    return _qwen3(4096, 94, 64, 4, moe=_qwen3_moe(1536))
+    return qwen3(4096, 94, 64, 4, moe=_qwen3_moe(1536))
 
 
 def olmoe_1b_7b() -> ModelConfig:
@@ -299,69 +273,3 @@ def gpt_oss_120b() -> ModelConfig:
 def gpt_oss_20b() -> ModelConfig:
     """gpt-oss-20b."""
     return _gpt_oss(24, 32)
-
-
-def llama_3_8b() -> ModelConfig:
-    """Meta-Llama-3-8B, dense."""
-    return ModelConfig(
-        vocab_size=128256,
-        dim=4096,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=8,
-        hidden=14336,
-        norm_eps=1e-5,
-        rope_theta=5e5,
-        max_seq_len=8192,
-        tie_embeddings=False,
-    )
-
-
-def llama_3_1_8b() -> ModelConfig:
-    """Llama-3.1-8B, dense."""
-    return replace(llama_3_8b(), max_seq_len=131072, rope_scaling=RopeScaling("llama3", 8.0, 8192))
-
-
-def mistral_7b() -> ModelConfig:
-    """Mistral-7B-v0.1, dense."""
-    return replace(llama_3_8b(), vocab_size=32000, rope_theta=1e4, max_seq_len=32768, sliding_window=4096)
-
-
-def qwen3_0_6b() -> ModelConfig:
-    """Qwen3-0.6B, dense."""
-    return _qwen3(1024, 28, 16, 8, hidden=3072, tie_embeddings=True)
-
-
-def qwen3_8b() -> ModelConfig:
-    """Qwen3-8B, dense."""
-    return _qwen3(4096, 36, 32, 8, hidden=12288)
-
-
-PRESETS: dict[str, Callable[[], ModelConfig]] = {
-    "mixtral-8x7b": mixtral_8x7b,
-    "mixtral-8x22b": mixtral_8x22b,
-    "dbrx": dbrx,
-    "deepseek-moe-16b": deepseek_moe_16b,
-    "deepseek-v2": deepseek_v2,
-    "deepseek-v2-lite": deepseek_v2_lite,
-    "deepseek-v3": deepseek_v3,
-    "qwen1.5-moe-a2.7b": qwen1_5_moe_a2_7b,
-    "qwen2-57b-a14b": qwen2_57b_a14b,
-    "qwen3-30b-a3b": qwen3_30b_a3b,
-    "qwen3-235b-a22b": qwen3_235b_a22b,
-    "olmoe-1b-7b": olmoe_1b_7b,
-    "gpt-oss-120b": gpt_oss_120b,
-    "gpt-oss-20b": gpt_oss_20b,
-    "llama-3-8b": llama_3_8b,
-    "llama-3.1-8b": llama_3_1_8b,
-    "mistral-7b": mistral_7b,
-    "qwen3-0.6b": qwen3_0_6b,
-    "qwen3-8b": qwen3_8b,
-}
-
-
-def preset(name: str) -> ModelConfig:
-    """The config of a published model. Raises ``ConfigError`` naming the nearest one there is."""
-    if name not in PRESETS:
-        raise ConfigError(f'There is no preset "{name}".{nearest(name, PRESETS)} Known: {", ".join(PRESETS)}.')
-    return PRESETS[name]()
