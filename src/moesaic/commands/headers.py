@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moesaic.checkpoint.aside import STEM
+from moesaic.checkpoint.aside import find_aside
 from moesaic.checkpoint.native import read_header
 from moesaic.checkpoint.shards import TensorInfo, find_tensors, refuse_pickle
 from moesaic.checkpoint.untrusted import read_json
@@ -80,7 +80,7 @@ class Headers:
 def has_weights(folder: Path) -> bool:
     """Whether there is a safetensors file or an index of some. Raises ``CheckpointError`` for pickles."""
     refuse_pickle(folder)
-    return _is_there(folder, "model")
+    return any(os.path.lexists(folder / f"model.safetensors{end}") for end in ("", ".index.json"))
 
 
 def native_infos(folder: Path, config: ModelConfig) -> dict[str, TensorInfo]:
@@ -95,7 +95,7 @@ def foreign_infos(folder: Path, config: ModelConfig) -> dict[str, TensorInfo]:
 
 def native_headers(folder: Path, infos: dict[str, TensorInfo], model: Decoder) -> Headers:
     """Of a folder of ours."""
-    aside = find_tensors(folder, STEM) if _is_there(folder, STEM) else {}
+    aside = find_aside(folder)
     return _headers(
         folder,
         infos,
@@ -125,10 +125,6 @@ def foreign_headers(folder: Path, infos: dict[str, TensorInfo], model: Decoder) 
     out = {raw for name in aside for raw in stored[name].raw}
     mine = {name: info for name, info in infos.items() if name not in out}
     return _headers(folder, mine, sum(sizes.values()) - kept, kept, stored_elements(model))
-
-
-def _is_there(folder: Path, stem: str) -> bool:
-    return any(os.path.lexists(folder / f"{stem}.safetensors{end}") for end in ("", ".index.json"))
 
 
 def _enough(infos: dict[str, TensorInfo], folder: Path, config: ModelConfig) -> dict[str, TensorInfo]:
