@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -62,33 +62,42 @@ def atomic_folder(final: str | os.PathLike[str], overwrite: bool = False) -> Ite
     Raises ``MoesaicError`` (a sentence) where the disk refuses; whatever else the body raises passes through.
     """
     final = Path(os.path.realpath(final))  # through a link, the folder it names is the one to replace
-    partial, aside = _leftover(final, "incomplete"), _leftover(final, "replaced")
+    partial = _leftover(final, "incomplete")
     with disk_errors(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         sweep(final.parent, final.name)
         if not overwrite:
-            _refuse_foreign(final)
+            refuse_foreign(final)
         partial.mkdir()
         done = False
         try:
             yield partial
-            _seal(partial)
-            if final.exists():
-                os.rename(final, aside)
-                try:
-                    os.rename(partial, final)
-                except OSError:
-                    os.rename(aside, final)
-                    raise
-                _fsync(final.parent)
-                remove_folder(aside)
-            else:
-                os.rename(partial, final)
-                _fsync(final.parent)
+            publish(partial, final)
             done = True
         finally:
             if not done:
                 shutil.rmtree(partial, ignore_errors=True)
+
+
+def publish(partial: Path, final: Path, known: Mapping[str, str] | None = None) -> None:
+    """Give ``partial``, a folder beside ``final``, its manifest and put it in the place of ``final``.
+
+    ``known``: file name -> sha256 of files that were hashed after they were flushed. Raises ``OSError``.
+    """
+    aside = _leftover(final, "replaced")
+    _seal(partial, known or {})
+    if final.exists():
+        os.rename(final, aside)
+        try:
+            os.rename(partial, final)
+        except OSError:
+            os.rename(aside, final)
+            raise
+        _fsync(final.parent)
+        remove_folder(aside)
+    else:
+        os.rename(partial, final)
+        _fsync(final.parent)
 
 
 def settle(final: str | os.PathLike[str]) -> Path:
@@ -169,7 +178,7 @@ def verify_folder(folder: str | os.PathLike[str], quick: bool = False) -> frozen
                 raise CheckpointError(
                     f"{path} is damaged: it has {found} bytes and was saved with {size}. Use an older or another copy."
                 )
-            if not quick and _sha256(path) != digest:
+            if not quick and sha256_of(path) != digest:
                 raise CheckpointError(
                     f"{path} is damaged: its bytes changed since it was saved (sha256 differs). "
                     "Use an older or another copy."
@@ -184,8 +193,8 @@ def verify_folder(folder: str | os.PathLike[str], quick: bool = False) -> frozen
     return frozenset(files)
 
 
-def _seal(folder: Path) -> None:
-    """Hash everything in ``folder`` into its manifest and flush it all to the disk."""
+def _seal(folder: Path, known: Mapping[str, str]) -> None:
+    """Hash everything in ``folder`` that is not ``known`` into its manifest and flush it all to the disk."""
     table = {}
     # safetensors creates files that only their owner may read; a checkpoint is as readable as its folder.
     mode = folder.stat().st_mode & 0o666
@@ -193,7 +202,7 @@ def _seal(folder: Path) -> None:
         path.chmod(mode)
         _fsync(path)
         name = path.relative_to(folder).as_posix()
-        table[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        table[name] = {"bytes": path.stat().st_size, "sha256": known.get(name) or sha256_of(path)}
     text = json.dumps({"version": VERSION, "files": table, "sha256": _digest_of_table(table)}, indent=1)
     (folder / MANIFEST).write_text(text, encoding="utf-8")
     _fsync(folder / MANIFEST)
@@ -203,7 +212,8 @@ def _seal(folder: Path) -> None:
     _fsync(folder)
 
 
-def _refuse_foreign(final: Path) -> None:
+def refuse_foreign(final: Path) -> None:
+    """Raise ``MoesaicError`` if ``final`` is there and holds anything that its own manifest does not list."""
     if not os.path.lexists(final):
         return
     if not final.is_dir():
@@ -232,7 +242,8 @@ def _digest_of_table(files: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Of the content of a file."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 

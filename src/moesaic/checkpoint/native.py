@@ -13,12 +13,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
 
+from moesaic.checkpoint.aside import open_aside, write_aside
 from moesaic.checkpoint.atomic import MANIFEST, atomic_folder, settle, verify_folder
 from moesaic.checkpoint.shards import (
     MAX_SHARD_BYTES,
@@ -67,6 +69,8 @@ def save_model(
     """
     with atomic_folder(folder) as partial:
         fill_model_folder(partial, model, tokenizer, extra_files, max_shard_bytes)
+    if isinstance(model, Decoder) and model.aside is not None and model.aside.lies_in(Path(folder)):
+        model.aside = open_aside(Path(folder))
 
 
 def fill_model_folder(
@@ -88,6 +92,9 @@ def fill_model_folder(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else json.dumps(content, indent=1).encode())
     write_tensors(model.state_dict(), partial, "model", max_shard_bytes)
+    aside = getattr(model, "aside", None)
+    if aside is not None:
+        write_aside(partial, aside, max_shard_bytes)
 
 
 def config_record(model: dict[str, Any], source: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -159,6 +166,31 @@ def load_model(
     second per GB, and the only way to notice a flipped byte; False also accepts a folder without manifest.
     Raises ``CheckpointError`` naming the file or tensor that is missing, unexpected, damaged or of the wrong shape.
     """
+    opened = open_model(folder, verify)
+    dtypes = target_dtypes(opened.model, {name: info.dtype for name, info in opened.infos.items()}, dtype)
+    tensors = ((name, prefer_huge(t.to(dtypes[name]), written=True)) for name, t in read_tensors(opened.infos, device))
+    model = materialise(opened.model, tensors, opened.groups)
+    model.aside = open_aside(opened.folder)
+    return model
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model directory that fits its config; no tensor has been read.
+
+    Attributes:
+        infos: the stored tensors. groups: stored name -> the model's names of it, several where tied.
+        model: without memory, its ``source`` set.
+    """
+
+    folder: Path
+    infos: dict[str, TensorInfo]
+    groups: dict[str, list[str]]
+    model: Decoder
+
+
+def open_model(folder: str | os.PathLike[str], verify: bool = True) -> Opened:
+    """Check a model directory against its config and, with ``verify``, its manifest; raises as ``load_model`` does."""
     folder = settle(folder)
     config, source = _read_config(folder, ModelConfig)
     infos = _checked_tensors(folder, verify)
@@ -168,10 +200,7 @@ def load_model(
         )
     model = empty_model(config, folder / "config.json")
     model.source = source
-    groups = _match(model, infos, folder)
-    dtypes = target_dtypes(model, {name: info.dtype for name, info in infos.items()}, dtype)
-    tensors = ((name, prefer_huge(t.to(dtypes[name]), written=True)) for name, t in read_tensors(infos, device))
-    return materialise(model, tensors, groups)
+    return Opened(folder, infos, _match(model, infos, folder), model)
 
 
 def empty_model(config: ModelConfig, source: Path) -> Decoder:

@@ -9,9 +9,9 @@ No other format is read: pickle files can run code when opened. A tensor name is
 
 from __future__ import annotations
 
-import json
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,27 +20,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from moesaic.checkpoint.untrusted import read_json, safe_member, show
+from moesaic.checkpoint.stream import DTYPES, Slot, plan_shards, write_shards
+from moesaic.checkpoint.untrusted import parse_json, read_json, safe_member, show
 from moesaic.errors import CheckpointError
 
 MAX_SHARD_BYTES = 5 * 10**9
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
+_TRAINER_STATE = re.compile(r"training_args\.bin|(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth")
 
 
 @dataclass(frozen=True)
@@ -71,8 +58,7 @@ def write_tensors(
     Tensors that are one and the same memory (tied weights) are written once, under the first of their names. A tensor
     larger than a shard gets a shard of its own. Returns the file names. Raises ``OSError`` where the disk refuses.
     """
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    sizes, seen = [0], set()
+    kept, seen = {}, set()
     for name, tensor in tensors.items():
         if tensor.is_meta:
             raise RuntimeError(f"the tensor {name} is on the meta device: there is nothing to save")
@@ -81,23 +67,10 @@ def write_tensors(
             if memory in seen:
                 continue
             seen.add(memory)
-        if shards[-1] and sizes[-1] + tensor.nbytes > max_shard_bytes:
-            shards.append({})
-            sizes.append(0)
-        shards[-1][name] = tensor
-        sizes[-1] += tensor.nbytes
-    if len(shards) == 1:
-        files = [f"{stem}.safetensors"]
-    else:
-        files = [f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    for file, shard in zip(files, shards, strict=True):
-        # Moved to the CPU shard by shard, so that a model on a GPU never has a second whole copy in memory.
-        _save_file({name: _own_memory(tensor) for name, tensor in shard.items()}, folder / file)
-    if len(files) > 1:
-        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
-    return files
+        kept[name] = tensor
+    shards = plan_shards((Slot(n, t.dtype, tuple(t.shape)) for n, t in kept.items()), stem, max_shard_bytes)
+    write_shards(folder, stem, shards, kept.items())
+    return [shard.file for shard in shards]
 
 
 def memory_of(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -136,16 +109,18 @@ def header_of(file: Path) -> dict[str, TensorInfo]:
     """Names, dtypes and shapes in one safetensors file; no tensor data is read."""
     refuse_pickle(file)
     with _reading(file):
+        if not stat.S_ISREG(file.stat().st_mode):  # a folder; or a pipe, which would block the read for ever
+            raise CheckpointError(f"{file} is not a plain file; refused.")
         with safe_open(file, "numpy"):
-            pass  # the library has checked the header: sizes, no overlap, no hole, no name twice
+            pass  # the library has checked the header: sizes, no overlap, no hole
         with open(file, "rb") as f:
             length = int.from_bytes(f.read(8), "little")
-            header = json.loads(f.read(length))
+            header = parse_json(f.read(length), file)
     infos = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        dtype = _DTYPES.get(entry["dtype"])
+        dtype = DTYPES.get(entry["dtype"])
         if dtype is None:
             raise CheckpointError(f"{file}: the tensor {show(name)} has the unknown type {entry['dtype']}.")
         infos[name] = TensorInfo(dtype, tuple(entry["shape"]), file, 8 + length + entry["data_offsets"][0])
@@ -179,9 +154,12 @@ def read_tensor(info: TensorInfo) -> torch.Tensor:
 
 
 def refuse_pickle(path: Path) -> None:
-    """Raise ``CheckpointError`` if ``path`` is a pickle file by its name, or a folder that holds one."""
+    """Raise ``CheckpointError`` if ``path`` is a pickle file by its name, or a folder that holds one.
+
+    What Hugging Face's Trainer leaves beside a model (its own state, no weights) is passed over, and never opened.
+    """
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if file.suffix.lower() in PICKLE_SUFFIXES:
+        if file.suffix.lower() in PICKLE_SUFFIXES and (file is path or not _TRAINER_STATE.fullmatch(file.name)):
             raise CheckpointError(
                 f"{file} is refused: {file.suffix} files are pickles, which can run any code when they are opened. "
                 "moesaic reads safetensors only; convert it where it comes from, or move it away."
@@ -193,23 +171,6 @@ def names_in_words(names: Iterable[str], most: int = 3) -> str:
     names = list(names)
     text = ", ".join(map(show, names[:most]))
     return f"{text} and {len(names) - most} more" if len(names) > most else text
-
-
-def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """On the CPU and contiguous; a part of a larger memory is copied out (the library refuses overlapping parts)."""
-    tensor = tensor.detach().cpu().contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
-def _save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        # The library wraps the system's error in a text: "... No space left on device (os error 28)".
-        code = re.search(r"\(os error (\d+)\)", str(error))
-        if not code:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 @contextmanager

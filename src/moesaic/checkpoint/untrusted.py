@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import stat
+from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -29,18 +31,32 @@ def safe_member(folder: Path, name: Any, suffix: str = "") -> Path:
         raise CheckpointError(f"{folder} names the file {show(name)}, which could lie outside the folder; refused.")
     if not name.endswith(suffix):
         raise CheckpointError(f"{folder} names the file {show(name)} where only {suffix} files are read; refused.")
-    root = os.path.realpath(folder)
-    if os.path.commonpath([root, os.path.realpath(folder / name)]) != root:
+    root, place = Path(os.path.realpath(folder)), Path(os.path.realpath(folder / name))
+    if not any(place.is_relative_to(allowed) for allowed in (root, *_blobs_of(root))):
         raise CheckpointError(f"{folder / name} is a link to a file outside the folder; refused. Copy it instead.")
     return folder / name
+
+
+def _blobs_of(root: Path) -> list[Path]:
+    """Of a snapshot in the cache of huggingface_hub, the folder beside it that its links lead to; of others, nothing.
+
+    It belongs to the same download: ``models--OWNER--NAME/{blobs,snapshots/COMMIT}``.
+    """
+    repository = root.parent.parent
+    if root.parent.name != "snapshots" or not repository.name.startswith("models--"):
+        return []
+    blobs = repository / "blobs"
+    return [blobs] if blobs.is_dir() and not blobs.is_symlink() else []
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``; ``CheckpointError`` where it is missing, unreadable, broken or not an object."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would block the read for ever
+            raise CheckpointError(f"{path} is not a plain file; refused.")
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise CheckpointError(f"{path} is larger than any moesaic JSON file; refused.")
-        data = json.loads(path.read_bytes())
+        data = parse_json(path.read_bytes(), path)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing.") from None
     except OSError as error:
@@ -50,6 +66,25 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} is damaged: it should hold a JSON object.")
     return data
+
+
+def parse_json(text: bytes, path: Path) -> Any:
+    """The JSON value in ``text``; ``CheckpointError`` naming ``path`` where a table has a key twice.
+
+    Readers differ in which of the two counts, so a file could show one model to a check and another to a loader.
+    Raises ``ValueError`` or ``RecursionError`` for what is not JSON.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise CheckpointError(
+                f"{path} has the key {show(twice)} twice in one table, so which counts is unclear; refused."
+            )
+        return found
+
+    return json.loads(text, object_pairs_hook=unique)
 
 
 def show(value: Any) -> str:

@@ -5,6 +5,7 @@ The same report guards import, export and conversion: it is made from what was u
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -60,8 +61,8 @@ class Coverage:
         """For JSON."""
         return asdict(self) | {"complete": self.complete}
 
-    def lines(self) -> list[str]:
-        """For people."""
+    def lines(self, names: bool = False) -> list[str]:
+        """For people; ``names``: every key, and every tensor kept aside, by its name."""
         text = [
             f"tensors      {self.tensors}",
             f"parameters   {self.parameters}",
@@ -71,6 +72,24 @@ class Coverage:
         ]
         if self.aside:
             text.append(f"kept aside   {len(self.aside):,} tensors, {self.aside_parameters:,} parameters")
+            text += [f"  {name}" for name in self.aside if names]
         if self.repeated:
             text.append(f"repeated     {', '.join(self.repeated)}, equal to what it is tied to")
+        if names:
+            text += _wrapped("keys used", self.mapped) + _wrapped("keys kept", self.carried)
         return [*text, *self.notes]
+
+
+def _wrapped(title: str, names: tuple[str, ...]) -> list[str]:
+    text = ", ".join(names) or "none"
+    return textwrap.wrap(text, 110, initial_indent=f"{title:<13}", subsequent_indent=" " * 13, break_on_hyphens=False)
+
+
+def size_in_words(nbytes: int) -> str:
+    """``1.53 GB``: decimal units, as disks are sold."""
+    size, unit = float(nbytes), "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.3g} {unit}"

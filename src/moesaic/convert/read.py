@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moesaic.checkpoint.aside import Aside
 from moesaic.checkpoint.native import MAX_LAYERS, empty_model, materialise, target_dtypes, tied_names
-from moesaic.checkpoint.shards import find_tensors, names_in_words, refuse_pickle
+from moesaic.checkpoint.shards import TensorInfo, find_tensors, names_in_words, refuse_pickle
 from moesaic.checkpoint.untrusted import read_json, safe_member, show
 from moesaic.convert.coverage import Coverage, Share
 from moesaic.convert.families import FAMILIES
@@ -25,7 +27,7 @@ from moesaic.convert.keys import Keys
 from moesaic.convert.pieces import Entry, check_table, fill
 from moesaic.convert.storage import Stored, stored_tensors
 from moesaic.errors import CheckpointError, ConfigError, nearest
-from moesaic.models.config import ModelConfig
+from moesaic.models.config import ModelConfig, pick
 from moesaic.models.decoder import Decoder
 from moesaic.ops.pages import prefer_huge
 
@@ -41,6 +43,7 @@ class Foreign:
         aside: names of tensors that are no part of the model (multi-token prediction).
         repeated: their names that hold what another holds as well, by that one's name.
         model: the model without memory.
+        infos: the headers.
     """
 
     folder: Path
@@ -53,26 +56,35 @@ class Foreign:
     aside: tuple[str, ...]
     repeated: dict[str, str]
     model: Decoder
+    infos: dict[str, TensorInfo]
 
     @property
     def source(self) -> dict[str, Any]:
         """What a moesaic folder remembers of where the model came from."""
         return {"family": self.family.model_type, "config": self.keys.carried}
 
-    def dtypes(self, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-        """Our name -> dtype: as stored (None) or ``dtype``; what must stay fp32 stays fp32."""
+    @cached_property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Our name -> shape."""
+        return {name: tensor.shape for name, tensor in self.model.state_dict().items()}
+
+    def held(self) -> dict[str, torch.dtype]:
+        """Our name -> the dtype its pieces are stored in, fp32 where they differ."""
         held = {}
         for entry in self.table:
             kinds = {self.stored[piece.theirs].dtype for piece in entry.pieces}
             held[entry.ours] = kinds.pop() if len(kinds) == 1 else torch.float32
-        return target_dtypes(self.model, held, dtype)
+        return held
+
+    def dtypes(self, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+        """Our name -> dtype: as stored (None) or ``dtype``; what must stay fp32 stays fp32."""
+        return target_dtypes(self.model, self.held(), dtype)
 
     def load(self, entry: Entry, dtype: torch.dtype) -> Tensor:
         """One of our tensors, filled piece by piece: in memory are it and one of theirs."""
-        shape = self.model.state_dict()[entry.ours].shape
-        ours = prefer_huge(torch.empty(shape, dtype=dtype))
+        ours = prefer_huge(torch.empty(self.shapes[entry.ours], dtype=dtype))
         for piece in entry.pieces:
-            fill(ours, piece, self.stored[piece.theirs].load())
+            fill(ours, piece, self.stored[piece.theirs].load_for(dtype))
         return ours
 
     def tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -111,12 +123,16 @@ class Foreign:
             parameters=Share(filled, kept),
             bytes=Share(read, there),
             experts=Share(found, experts),
-            config_keys=Share(len({*self.keys.mapped, *self.keys.carried}), len(self.keys.data)),
+            config_keys=Share(len({*self.keys.mapped, *self.keys.carried, *self.keys.dropped}), len(self.keys.data)),
             mapped=tuple(dict.fromkeys(self.keys.mapped)),
             carried=tuple(self.keys.carried),
             aside=self.aside,
             aside_parameters=sum(sizes[name] for name in self.aside),
             repeated=tuple(self.repeated),
+            notes=tuple(
+                f"{name} names code that came with the checkpoint: not followed, and left out of what is written"
+                for name in self.keys.dropped
+            ),
         )
 
 
@@ -132,6 +148,8 @@ def _experts_filled(table: list[Entry], model: Decoder) -> int:
         owner = torch.arange(shape[0]).view(-1, *[1] * (len(shape) - 1)).expand(shape)
         for piece in entry.pieces:
             part = piece.part(owner)
+            if not part.numel():
+                continue
             stacked = part.dim() == len(shape)  # the view still has the dimension of experts
             while part.dim() > stacked:
                 part = part.select(-1, 0)
@@ -175,7 +193,8 @@ def _understood(folder: Path) -> tuple[Family, ModelConfig, Keys]:
         raise CheckpointError(
             f"{path} describes {show(named)}; of this model type moesaic reads {family.architecture} alone."
         )
-    keys = Keys({k: v for k, v in data.items() if k != "quantization_config"}, str(path))
+    keys = Keys(data, str(path))
+    keys.get("quantization_config", None)  # understood, key by key, where the tensors are
     layers = data.get("num_hidden_layers")
     if isinstance(layers, int) and layers > MAX_LAYERS:  # before anything enumerates layers
         raise ConfigError(f"{path}: num_hidden_layers={layers} is impossible; at most {MAX_LAYERS} are read.")
@@ -192,17 +211,18 @@ def open_folder(folder: Path) -> Foreign:
     """
     if not folder.is_dir():
         raise CheckpointError(f"There is no folder {folder}.")
+    refuse_pickle(folder)
     family, config, keys = _understood(folder)
     infos = find_tensors(folder, "model")
+    _refuse_leftovers(folder, {info.file.name for info in infos.values()})
     if config.num_layers > len(infos):  # before building thousands of empty layers
-        refuse_pickle(folder)
         raise CheckpointError(
             f"{folder} has {len(infos)} tensors, too few for the {config.num_layers} layers of its config."
         )
-    stored = stored_tensors(infos, read_json(folder / "config.json").get("quantization_config"))
+    stored = stored_tensors(infos, keys.data.get("quantization_config"))
     model = empty_model(config, folder / "config.json")
     ignored = {name for name in stored if family.ignored.fullmatch(name)}
-    aside = tuple(name for name in stored if name not in ignored and family.aside(name, config))
+    aside = tuple(name for name in stored if name not in ignored and family.aside(name, config, keys.carried))
     there = {name: s for name, s in stored.items() if name not in ignored}
     layout, table = _best_layout(family, config, keys, there.keys() - set(aside))
     names = [tied[0] for tied in tied_names(model)]
@@ -212,17 +232,33 @@ def open_folder(folder: Path) -> Foreign:
     if config.tie_embeddings and "lm_head.weight" in there:
         repeated["lm_head.weight"] = "model.embed_tokens.weight"
     _match(folder, table, there, set(aside), repeated)
-    return Foreign(folder, config, family, layout, keys, table, there, aside, repeated, model)
+    return Foreign(folder, config, family, layout, keys, table, there, aside, repeated, model, infos)
+
+
+def _refuse_leftovers(folder: Path, used: set[str]) -> None:
+    """Raise ``CheckpointError`` for files that look like a part of the model and are not: shards of another save."""
+    for path in sorted(folder.glob("model*.safetensors")):
+        if path.name not in used:
+            raise CheckpointError(
+                f"{path} is not among the files of this checkpoint, so it seems to be left over from another; move it away."
+            )
 
 
 def _best_layout(family: Family, config: ModelConfig, keys: Keys, names: set[str]) -> tuple[Layout, list[Entry]]:
     """The layout whose table names most of what is there."""
-    tables = {layout: family.table(config, layout, keys.carried) for layout in family.layouts}
+    experts = 0 if config.moe is None else sum(pick(config.moe.num_experts, i) for i in range(len(config.moe_layers)))
+    # A table of one tensor per expert is not even made for more experts than there are tensors.
+    possible = [layout for layout in family.layouts if layout != "per_expert" or experts <= len(names)]
+    if not possible:
+        raise CheckpointError(
+            f"{keys.where} asks for {experts:,} experts in all, and the folder has {len(names):,} tensors: too few."
+        )
+    tables = {layout: family.table(config, layout, keys.carried) for layout in possible}
 
     def known(layout: Layout) -> int:
         return sum(piece.theirs in names for entry in tables[layout] for piece in entry.pieces)
 
-    best = max(family.layouts, key=known)
+    best = max(possible, key=known)
     return best, tables[best]
 
 
@@ -277,4 +313,8 @@ def read_model(
 
     model = materialise(foreign.model, loaded(), groups)
     model.source = foreign.source
+    if foreign.aside:
+        model.aside = Aside(
+            {name: foreign.stored[name] for name in foreign.aside}, {info.file for info in foreign.infos.values()}
+        )
     return model

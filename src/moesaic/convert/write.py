@@ -7,20 +7,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moesaic.checkpoint.aside import Aside
 from moesaic.checkpoint.atomic import atomic_folder
 from moesaic.checkpoint.native import config_differences, tied_names
-from moesaic.checkpoint.shards import MAX_SHARD_BYTES, write_tensors
+from moesaic.checkpoint.shards import MAX_SHARD_BYTES, find_tensors
+from moesaic.checkpoint.stream import Slot, plan_shards, write_shards
+from moesaic.checkpoint.untrusted import safe_member
 from moesaic.convert.families import FAMILIES
 from moesaic.convert.family import Family, Layout
-from moesaic.convert.keys import Keys
+from moesaic.convert.keys import DROPPED, REFUSED, Keys
 from moesaic.convert.meaning import meaning
 from moesaic.convert.pieces import Entry, check_table, extract
 from moesaic.errors import ConfigError, MoesaicError
@@ -35,6 +39,11 @@ class Export:
     family: Family
     values: dict[str, Any]
     table: list[Entry]
+
+    def config_text(self, dtype: torch.dtype) -> str:
+        """The content of ``config.json`` for parameters of ``dtype`` (routers aside)."""
+        values = self.values | {"torch_dtype": str(dtype).removeprefix("torch.")}
+        return json.dumps(values, indent=2, allow_nan=False)
 
 
 def family_for(config: ModelConfig, name: str | None = None) -> tuple[Family, dict[str, Any]]:
@@ -78,9 +87,15 @@ def plan_export(
     origin = remembered.get("family")
     if name is None and origin in FAMILIES and _written(FAMILIES[origin], config)[0] is None:
         name = origin
-    chosen, values = family_for(config, name)
+    chosen, written = family_for(config, name)
     carried = dict(remembered.get("config", {})) if origin == chosen.model_type else {}
-    for stale in ("dtype", "torch_dtype", "transformers_version"):
+    for stale in (
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        *DROPPED,
+        *REFUSED,
+    ):  # the last two: a folder may be anyone's
         carried.pop(stale, None)
     wanted = layout or chosen.layouts[0]
     if wanted not in chosen.layouts:
@@ -91,9 +106,11 @@ def plan_export(
         **carried,
         "architectures": [chosen.architecture],
         "model_type": chosen.model_type,
-        **values,  # null included: an absent key would mean the family's default
+        **written,  # null included: an absent key would mean the family's default
     }
-    return Export(chosen, values, chosen.table(config, wanted, carried))
+    # What a written key says does not count as carried.
+    silent = {key: value for key, value in carried.items() if key not in written}
+    return Export(chosen, values, chosen.table(config, wanted, silent))
 
 
 def write_hf(
@@ -106,25 +123,50 @@ def write_hf(
 ) -> Export:
     """Write ``model`` as a Hugging Face checkpoint: whole or not at all. Every tensor keeps its dtype and its bits.
 
+    What is kept aside is written back to the family it came from; another has no place for it.
+
     Raises ``ConfigError`` where no family can hold it, ``MoesaicError`` where the disk refuses.
     """
     export = plan_export(model.config, model.source, family, layout)
     state = model.state_dict()
     names = [tied[0] for tied in tied_names(model)]
     check_table(export.table, {name: tuple(state[name].shape) for name in names})
-    values = export.values | {"torch_dtype": str(model.embedding.weight.dtype).removeprefix("torch.")}
+    aside = model.aside if (model.source or {}).get("family") == export.family.model_type else None
+    kept = [] if aside is None else aside.slots
+    own = slots(export.table, {name: state[name].dtype for name in names})
+    shards = plan_shards([*own, *kept], "model", max_shard_bytes)
     with atomic_folder(folder) as partial:
-        (partial / "config.json").write_text(json.dumps(values, indent=2, allow_nan=False), encoding="utf-8")
-        for name, content in (companions or {}).items():
-            (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            (partial / name).write_bytes(content)
-        write_tensors(dict(pieces_of(export.table, state)), partial, "model", max_shard_bytes)
+        (partial / "config.json").write_text(export.config_text(model.embedding.weight.dtype), encoding="utf-8")
+        write_companions(partial, companions or {})
+        write_shards(
+            partial,
+            "model",
+            shards,
+            chain(pieces_of(export.table, state), aside.tensors() if aside is not None else ()),
+        )
+    if aside is not None and aside.lies_in(folder):
+        moved = find_tensors(folder, "model")
+        model.aside = Aside.of({slot.name: moved[slot.name] for slot in kept})
     return export
 
 
-def pieces_of(table: list[Entry], state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Their tensors out of ours, in the order of the table."""
+def slots(table: list[Entry], dtypes: Mapping[str, torch.dtype]) -> Iterator[Slot]:
+    """Their tensors as they will be stored, in the order of the table; ``dtypes``: of ours, by our names."""
     for entry in table:
-        with torch.no_grad():
-            for piece in entry.pieces:
-                yield piece.theirs, extract(state[entry.ours].detach(), piece)
+        for piece in entry.pieces:
+            yield Slot(piece.theirs, dtypes[entry.ours], piece.shape)
+
+
+def pieces_of(table: list[Entry], state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Their tensors out of ours, in the order of the table, each made when it is asked for."""
+    for entry in table:
+        for piece in entry.pieces:
+            yield piece.theirs, extract(state[entry.ours].detach(), piece)
+
+
+def write_companions(folder: Path, companions: Mapping[str, bytes]) -> None:
+    """Tokenizer, templates and the like, byte for byte. Raises ``OSError``."""
+    for name, content in companions.items():
+        path = safe_member(folder, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
