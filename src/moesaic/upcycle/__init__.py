@@ -1,7 +1,7 @@
 """Dense models made sparse, several made one, and sparse models made dense; each a function from models to a new model.
 
-``upcycle.py`` makes experts of one model, ``mix.py`` of several, ``densify.py`` goes back, ``measure.py`` says how far the result
-is from where it came from.
+``upcycle.py`` makes experts of one model, ``mix.py`` of several, ``densify.py`` goes back, ``measure.py`` says how far apart
+two models are.
 """
 
 from moesaic.upcycle.config import PRESERVING, UpcycleConfig

@@ -16,7 +16,8 @@ from moesaic.models.decoder import Decoder
 def from_tensors(config: ModelConfig, tensors: Mapping[str, Tensor], like: Decoder) -> Decoder:
     """The decoder of this config with these parameters and buffers, in evaluation mode; it takes them over, uncopied.
 
-    Tokenizer and compute dtype are those of ``like``. What a converter noted of its source is not: the result is of no family.
+    Tokenizer, the files that came with the model and compute dtype are those of ``like``. What a converter noted of its source
+    is not: the result is no longer of that family.
     Raises ``ConfigError`` for a setting that adds parameters nobody gave a value.
     """
     model = build_model(config, seed=0, device="meta")
@@ -40,7 +41,7 @@ def from_tensors(config: ModelConfig, tensors: Mapping[str, Tensor], like: Decod
     if surplus:
         raise RuntimeError(f"{sorted(surplus)} have no place in the model")
     model.load_state_dict(state, strict=True, assign=True)
-    model.compute_dtype, model.tokenizer = like.compute_dtype, like.tokenizer
+    model.compute_dtype, model.tokenizer, model.companions = like.compute_dtype, like.tokenizer, dict(like.companions)
     return model.eval()
 
 

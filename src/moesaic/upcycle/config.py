@@ -32,8 +32,8 @@ class UpcycleConfig:
         every, dense_first, layers: which layers become sparse, as in ``MoEConfig``.
         router: of the sparse layers; the default renormalises the weights of the chosen experts (order B).
         router_std: of the gate's weights at the start. None keeps the router's own (0.02) where its weights add up to a
-            constant; where they do not (order A: Switch, OLMoE) it is ``1e-6 / sqrt(dim)``, so that every weight starts at
-            1/E up to some 1e-6 and yet tokens differ in what they choose.
+            constant; where they do not (order A: Switch, OLMoE) it is ``2e-7 / sqrt(dim)``, so that every weight starts at
+            1/E up to rounding and yet tokens differ in what they choose.
         router_init: "random"; "activations": rows that predict from the input how much each expert's units are excited
             ("split", needs text); "prompts": rows along the mean input of each model's text ("btx", needs text).
         scale_in: where the factor goes that makes up for weights not adding up to 1: into the output matrices of the

@@ -15,7 +15,8 @@ from moesaic.errors import ConfigError
 from moesaic.models.decoder import Decoder
 
 SAME = 1e-5
-"""Largest difference of logits up to which two fp32 models count as the same function."""
+"""Largest difference of logits up to which two models count as the same function, in units of the largest logit if that is above
+1: fp32 sums of other orders differ by a few roundings of the numbers they add up."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,13 @@ class Difference:
     """Two models on the same tokens.
 
     Attributes:
-        max_abs: largest difference of two logits. kl: mean over positions of KL(first || second), nats.
+        max_abs: largest difference of two logits. largest: the first's largest logit by magnitude.
+        kl: mean over positions of KL(first || second), nats.
         first_loss, second_loss: mean loss of the next token, nats. tokens: positions compared.
     """
 
     max_abs: float
+    largest: float
     kl: float
     first_loss: float
     second_loss: float
@@ -40,8 +43,8 @@ class Difference:
 
     @property
     def same(self) -> bool:
-        """Whether no logit differs by more than ``SAME``."""
-        return self.max_abs <= SAME
+        """Whether no logit differs by more than ``SAME``, see there."""
+        return self.max_abs <= SAME * max(1.0, self.largest)
 
     def record(self) -> dict[str, float | int | bool]:
         """Plain JSON data."""
@@ -50,8 +53,8 @@ class Difference:
     def __str__(self) -> str:
         verdict = "the same function" if self.same else "another function"
         return (
-            f"{verdict}: over {self.tokens:,} tokens logits differ by at most {self.max_abs:.2e}, KL {self.kl:.2e} nats, "
-            f"loss {self.first_loss:.4f} -> {self.second_loss:.4f}"
+            f"{verdict}: over {self.tokens:,} tokens logits differ by at most {self.max_abs:.1e} (the largest is "
+            f"{self.largest:.1f}), KL {self.kl:.1e} nats, loss {self.first_loss:.4f} -> {self.second_loss:.4f}"
         )
 
 
@@ -69,7 +72,7 @@ def difference(first: Decoder, second: Decoder, ids_BS: Tensor) -> Difference:
     if ids_BS.numel() == 0 or ids_BS.shape[1] < 2:
         raise ConfigError("Comparing models needs rows of at least two tokens; give more text.")
     modes = first.training, second.training
-    most, kl, losses = 0.0, 0.0, [0.0, 0.0]
+    most, largest, kl, losses = 0.0, 0.0, 0.0, [0.0, 0.0]
     try:
         first.eval()
         second.eval()
@@ -77,6 +80,7 @@ def difference(first: Decoder, second: Decoder, ids_BS: Tensor) -> Difference:
             ids_1S = ids_BS[row : row + 1].to(first.embedding.weight.device)
             logits = [_wide(model(ids_1S).logits[0]) for model in (first, second)]
             most = max(most, float((logits[0] - logits[1]).abs().max()))
+            largest = max(largest, float(logits[0].abs().max()))
             log_p, log_q = (z_SV.log_softmax(dim=-1) for z_SV in logits)
             kl += float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
             for i, log_SV in enumerate((log_p, log_q)):
@@ -85,7 +89,9 @@ def difference(first: Decoder, second: Decoder, ids_BS: Tensor) -> Difference:
         first.train(modes[0])
         second.train(modes[1])
     targets = ids_BS.shape[0] * (ids_BS.shape[1] - 1)
-    return Difference(most, max(kl, 0.0) / ids_BS.numel(), losses[0] / targets, losses[1] / targets, ids_BS.numel())
+    return Difference(
+        most, largest, max(kl, 0.0) / ids_BS.numel(), losses[0] / targets, losses[1] / targets, ids_BS.numel()
+    )
 
 
 def random_ids(model: Decoder, rows: int = 2, length: int = 128, seed: int = 0) -> Tensor:
