@@ -188,6 +188,9 @@ def verify_folder(folder: str | os.PathLike[str], quick: bool = False) -> frozen
         except OSError as error:
             raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
     for path in folder.rglob("*.safetensors"):
+        inner = path.relative_to(folder).parents
+        if any((folder / part / MANIFEST).exists() for part in inner if part.name):
+            continue  # of another checkpoint, a Trainer's below the model it led to, with a manifest of its own
         if path.relative_to(folder).as_posix() not in files:
             raise CheckpointError(f"{path} does not belong to this checkpoint (it is not in {MANIFEST}); move it away.")
     return frozenset(files)

@@ -5,10 +5,14 @@ They are copied byte for byte, by name: no other file of a folder is touched, wh
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from moesaic.checkpoint.untrusted import safe_member, show
-from moesaic.errors import CheckpointError
+from moesaic.errors import CheckpointError, DataError
+from moesaic.tokenizer import eos_id, pad_id
 
 COMPANIONS = (
     "tokenizer.json",
@@ -43,3 +47,27 @@ def read_companions(folder: Path) -> dict[str, bytes]:
         except OSError as error:
             raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
     return found
+
+
+def tokenizer_settings(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """``tokenizer_config.json`` and ``generation_config.json`` for a tokenizer that came without them.
+
+    They say which tokens end and pad a text. A ``tokenizer.json`` does not, and without it Hugging Face's tools neither pad nor
+    stop. Empty for a tokenizer whose control tokens are not known by name.
+    """
+    try:
+        end, padding = eos_id(tokenizer), pad_id(tokenizer)
+    except DataError:
+        return {}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": tokenizer.id_to_token(end),
+        "pad_token": tokenizer.id_to_token(padding),
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+    }
+    generation = {"eos_token_id": end, "pad_token_id": padding}
+    return {
+        "tokenizer_config.json": json.dumps(settings, indent=1).encode(),
+        "generation_config.json": json.dumps(generation, indent=1).encode(),
+    }

@@ -48,7 +48,7 @@ def stack_experts(model: nn.Module) -> None:
     """The inverse of ``expert_views``. Raises ``ConfigError`` where adapters still sit on the views."""
     for holder, name, views in list(_holders(model)):
         if isinstance(views, ExpertViews):
-            setattr(holder, name, views.stacked())
+            setattr(holder, name, views.to_stack())
 
 
 def _holders(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
@@ -108,7 +108,7 @@ class ExpertViews(nn.ModuleList):
         """Named views of one expert's matrices, as ``StackedExperts.expert``."""
         return self._collect().expert(index)
 
-    def stacked(self) -> StackedExperts:
+    def to_stack(self) -> StackedExperts:
         """The stack, with what the views hold. Raises ``ConfigError`` where one of them was replaced by an adapter."""
         for expert, name, module in self._linears():
             if type(module) is not Linear:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -29,7 +29,9 @@ class MoesaicConfig(PreTrainedConfig):  # type: ignore[misc]
     """
 
     model_type = "moesaic"
-    keys_to_ignore_at_inference = ("past_key_values", "plans", "depth", "lm_loss", "balance_loss", "token_losses")
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values", "plans", "depth", "lm_loss", "balance_loss", "token_losses"
+    ]  # fmt: skip
 
     def __init__(
         self,

@@ -9,22 +9,18 @@ The decoder is ``model.model``; everything moesaic does with a decoder works on 
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
-from moesaic.checkpoint.native import config_differences
-from moesaic.checkpoint.shards import MAX_SHARD_BYTES
-from moesaic.config import to_dict
-from moesaic.errors import CheckpointError, ConfigError
-from moesaic.integrations import hf_files
-from moesaic.integrations.expert_views import expert_views
+from moesaic.data.packing import IGNORE
+from moesaic.errors import ConfigError
 from moesaic.integrations.hf_cache import MoesaicCache
 from moesaic.integrations.hf_config import MoesaicConfig
+from moesaic.integrations.hf_files import generation_config
+from moesaic.integrations.hf_folders import OnFolders
 from moesaic.integrations.hf_inputs import facts_of, task_facts, valid_tokens
 from moesaic.integrations.hf_loss import balancing_losses, mean_over_targets, targets_of, token_losses
 from moesaic.integrations.hf_output import MoesaicOutput
@@ -32,10 +28,8 @@ from moesaic.models.build import build_model
 from moesaic.models.decoder import Decoder
 from moesaic.train.recompute import keep_activations, recompute_activations
 
-_GENERATION = "generation_config.json"
 
-
-class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class MoesaicForCausalLM(OnFolders, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """A causal language model around a ``Decoder``.
 
     Args:
@@ -73,13 +67,14 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         self.model = decoder
         self.balance = True
         self.training_step: int | None = None
+        self._recomputes = False
         self.post_init()
 
     @classmethod
     def of(cls, decoder: Decoder) -> MoesaicForCausalLM:
         """Around a decoder, whose parameters it shares."""
         model = cls(MoesaicConfig(model=decoder.config, source=decoder.source), decoder)
-        model.generation_config = hf_files.generation_config(decoder)
+        model.generation_config = generation_config(decoder)
         return model.train(decoder.training)
 
     def forward(
@@ -140,6 +135,8 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         if targets_BS is None and labels is not None:
             targets_BS = targets_of(labels)
         if targets_BS is not None:
+            if valid_BS is not None:  # padding on the left would predict the first token
+                targets_BS = targets_BS.masked_fill(~valid_BS, IGNORE)
             loss_BS = token_losses(output.logits, targets_BS)
             loss, share = mean_over_targets(loss_BS, targets_BS, extra.items)
             found |= {"lm_loss": loss.detach(), "token_losses": loss_BS.detach()}
@@ -153,101 +150,6 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
             found["logits"] = output.logits[:, keep]
         made = MoesaicOutput(**found)
         return made.to_tuple() if return_dict is False else made
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
-        *model_args: Any,
-        config: MoesaicConfig | None = None,
-        dtype: Any = None,
-        torch_dtype: Any = None,
-        device_map: Any = None,
-        subfolder: str = "",
-        generation_config: GenerationConfig | None = None,
-        output_loading_info: bool = False,
-        verify: bool = True,
-        balance: bool = True,
-        expert_views: bool = False,
-        **arguments: Any,
-    ) -> Any:
-        """The model of a model directory (a folder, or a repository on the hub), in evaluation mode.
-
-        Args:
-            dtype: None or "auto" keeps the saved dtypes; another one is what parameters become, routers excepted (fp32).
-            device_map: one device; "auto" is the first GPU where there is one.
-            verify: check every byte against the manifest.
-            expert_views: offer every expert's matrices as linear layers (``integrations/expert_views.py``), for adapters.
-
-        Raises ``CheckpointError`` for a tensor that is missing, unexpected or of another shape: none is ever initialised here.
-        """
-        hub = {name: arguments.pop(name) for name in hf_files.HUB if name in arguments}
-        adapter = (arguments.get("adapter_kwargs") or {}).get("_adapter_model_path")
-        if adapter is not None:
-            raise ConfigError(
-                f"{adapter} holds an adapter; load it with moesaic.integrations.lora.load_lora(model, {str(adapter)!r})."
-            )
-        hf_files.check_arguments(arguments)
-        folder = hf_files.place_of(pretrained_model_name_or_path, subfolder, hub)
-        device = hf_files.device_of(device_map)
-        decoder = hf_files.read_folder(
-            folder, hf_files.dtype_of(dtype if dtype is not None else torch_dtype), device, verify
-        )
-        if isinstance(config, MoesaicConfig):
-            differences = config_differences(to_dict(decoder.config), to_dict(config.shape))
-            if differences:
-                raise CheckpointError(f"{folder} holds a model of another shape than asked for: {differences[0]}.")
-        model = cls.of(decoder)
-        model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
-        model.config.dtype = model.dtype
-        model.balance = balance
-        if device_map is not None:
-            model.hf_device_map = {"": device}  # type: ignore[assignment]
-        if (folder / _GENERATION).exists():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-        if generation_config is not None:
-            model.generation_config = generation_config
-        if expert_views:
-            _expert_views(model)
-        model.eval()
-        # Nothing can be missing: that was an error.
-        nothing: dict[str, list[str]] = {
-            "missing_keys": [],
-            "unexpected_keys": [],
-            "mismatched_keys": [],
-            "error_msgs": [],
-        }
-        return (model, nothing) if output_loading_info else model
-
-    def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str | os.PathLike[str],
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        push_to_hub: bool = False,
-        max_shard_size: int | str = MAX_SHARD_BYTES,
-        **kwargs: Any,
-    ) -> None:
-        """Write a model directory. The tokenizer is saved by itself, as always in Hugging Face: ``tokenizer.save_pretrained``.
-
-        ``state_dict``: the whole model's, gathered from other processes. ``push_to_hub``: call ``push_to_hub`` instead.
-        """
-        if push_to_hub:
-            raise ConfigError('save_pretrained(push_to_hub=True) is not offered; call model.push_to_hub("OWNER/NAME").')
-        if not is_main_process:
-            return
-        prefix = f"{self.base_model_prefix}."
-        tensors = {n.removeprefix(prefix): t for n, t in (state_dict or self.state_dict()).items()}
-        strangers = sorted(set(tensors) ^ set(_shape_of(self.model)))
-        if strangers:
-            raise ConfigError(
-                f"This model has or lacks tensors its config knows nothing of ({strangers[0]}); merge its adapters first "
-                "(model = peft_model.merge_and_unload())."
-            )
-        generation = self.generation_config.to_json_string(use_diff=True).encode()
-        hf_files.write_folder(
-            Path(save_directory), hf_files.Stored(self.model, tensors), {_GENERATION: generation}, max_shard_size
-        )
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding."""
@@ -289,8 +191,18 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         """Recompute activations in backward, never the routing (``train/recompute.py``)."""
-        self.gradient_checkpointing = enable
+        self._recomputes = enable
         (recompute_activations if enable else keep_activations)(self.model)
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """Whether activations are recomputed."""
+        return self._recomputes
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """The same by its older name, which PEFT still asks for."""
+        return self._recomputes
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch: int, max_cache_length: int
@@ -305,10 +217,3 @@ class MoesaicForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
                     "leave it out."
                 )
             model_kwargs["past_key_values"] = MoesaicCache(min(max_cache_length, self.model.config.max_seq_len))
-
-
-_expert_views = expert_views  # from_pretrained has an argument of that name
-
-
-def _shape_of(decoder: Decoder) -> dict[str, Tensor]:
-    return build_model(decoder.config, seed=0, device="meta").state_dict()

@@ -3,7 +3,7 @@
 >>> from moesaic.integrations.lm_eval import MoesaicLM          # also registers the name "moesaic" with lm_eval
 >>> lm_eval.simple_evaluate(model=MoesaicLM("my-model"), tasks=["arc_easy"])
 
-Scores equal those of lm_eval's own "hf" model on the same weights: same token windows, same truncation from the left, same stops.
+Scores equal those of lm_eval's own "hf" model on the same weights: the same windows, truncation from the left, and stops.
 Legend: B rows, S positions, V vocabulary, C tokens of a continuation.
 """
 
@@ -77,7 +77,8 @@ class MoesaicLM(TemplateLM):  # type: ignore[misc]
     @property
     def eot_token_id(self) -> int:
         """The end-of-text token."""
-        return self._named("eos_token") or eos_id(self.tokenizer)
+        end = self._named("eos_token")
+        return eos_id(self.tokenizer) if end is None else end
 
     @property
     def prefix_token_id(self) -> int:

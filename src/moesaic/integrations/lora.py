@@ -139,7 +139,7 @@ def merge_lora(peft_model: PeftModel) -> MoesaicForCausalLM:
 
 
 def coverage(model: nn.Module) -> CoverageReport:
-    """Count which expert matrices of ``model`` carry an adapter: PEFT's on views, or on whole stacks (``target_parameters``)."""
+    """Count which expert matrices of ``model`` carry an adapter: on views, or on stacks (PEFT's ``target_parameters``)."""
     layers, trainable = 0, sum(p.numel() for p in model.parameters() if p.requires_grad)
     found: list[tuple[str, str, int, bool]] = []
     for name, layer in model.named_modules():
