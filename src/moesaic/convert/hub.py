@@ -42,14 +42,14 @@ def resolve(source: str | os.PathLike[str]) -> Path:
 def _snapshot(repo: str, revision: str | None) -> Path:
     try:
         import huggingface_hub
-        from huggingface_hub import errors
+        from huggingface_hub import constants, errors
     except ImportError:
         raise MoesaicError(
             f"There is no folder {repo}; to fetch a model of that name from the Hugging Face hub, run: "
             'pip install "moesaic[hf]"'
         ) from None
     name = repo + (f"@{revision}" if revision else "")
-    offline = _is_true(os.environ.get("HF_HUB_OFFLINE")) or huggingface_hub.constants.HF_HUB_OFFLINE
+    offline = _is_true(os.environ.get("HF_HUB_OFFLINE")) or constants.HF_HUB_OFFLINE
     try:
         folder: Any = huggingface_hub.snapshot_download(
             repo,
