@@ -141,7 +141,8 @@ def sweep(parent: Path, name: str | None = None) -> None:
 
 def remove_folder(folder: Path) -> None:
     """Delete a folder so that a crash on the way leaves no half-deleted folder under its own name. Never raises."""
-    gone = folder.parent / f".{folder.name.lstrip('.')}.removed-{os.getpid()}"
+    match = _LEFTOVER.fullmatch(folder.name)  # what is left over of NAME is swept with it under that name
+    gone = folder.parent / f".{match['name'] if match else folder.name.lstrip('.')}.removed-{os.getpid()}"
     with suppress(OSError):  # what cannot be deleted now is swept by a later save
         shutil.rmtree(gone, ignore_errors=True)
         os.rename(folder, gone)

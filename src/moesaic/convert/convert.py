@@ -248,6 +248,7 @@ def run_plan(
             for name, tensor in _tensors(plan, writer):
                 writer.write(name, tensor)
                 done += tensor.nbytes
+                del tensor  # it may be all of ours, and the next is on its way
                 progress(done, total)
     return plan.report(resumed)
 
@@ -263,6 +264,7 @@ def _tensors(plan: Plan, writer: ShardWriter) -> Iterator[tuple[str, Tensor]]:
             _refuse_overflow(plan.source, entry.ours, ours)
         for piece in wanted:
             yield piece.theirs, extract(ours, piece)
+        del ours  # before the next is made
     yield from aside_tensors({name: s for name, s in plan.source.aside.items() if writer.wants(name)})
 
 

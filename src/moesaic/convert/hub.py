@@ -16,8 +16,8 @@ from moesaic.errors import CheckpointError, MoesaicError
 # What is fetched: weights, settings, tokenizer, templates. Pickles and code never are; "consolidated" and "original" copies of
 # the weights, which some repositories hold as well, would only double the download.
 WANTED = [
-    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*.json",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "*.jinja",
+    "config.json", "manifest.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
+    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "*.jinja",
     "chat_template.json",
 ]  # fmt: skip
 UNWANTED = ["*/*.safetensors", "*/*.json", "*.bin", "*.pt", "*.pth", "*.py", "original/*"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moesaic.checkpoint.atomic import settle
-from moesaic.checkpoint.native import open_model, target_dtypes
+from moesaic.checkpoint.native import open_model, target_dtypes, tied_names
 from moesaic.checkpoint.shards import find_tensors, read_tensor
 from moesaic.config import to_dict
 from moesaic.convert.companions import read_companions
@@ -86,7 +86,7 @@ def _foreign(folder: Path) -> Source:
         config=found.config,
         remembered=found.source,
         model=found.model,
-        shapes={name: tuple(found.shapes[name]) for name in entries},
+        shapes={names[0]: tuple(found.shapes[names[0]]) for names in tied_names(found.model)},
         held=found.held(),
         aside={name: found.stored[name] for name in found.aside},
         companions=read_companions(folder),
@@ -97,8 +97,9 @@ def _foreign(folder: Path) -> Source:
 
 def _native(folder: Path, verify: bool) -> Source:
     opened = open_model(folder, verify)
-    # A tied tensor counts under the first of its names, as tables do.
-    infos = {names[0]: opened.infos[stored] for stored, names in opened.groups.items()}
+    stored = {names[0]: opened.infos[name] for name, names in opened.groups.items()}
+    # A tied tensor counts under the first of its names, as tables do; in the order of the model, as from any other source.
+    infos = {names[0]: stored[names[0]] for names in tied_names(opened.model)}
     kept = (folder / f"{ASIDE}.safetensors", folder / f"{ASIDE}.safetensors.index.json")
     aside = find_tensors(folder, ASIDE) if any(os.path.lexists(path) for path in kept) else {}
     remembered = opened.model.source
