@@ -6,25 +6,28 @@
 >>> text = mo.generate(model, "Once upon", max_new_tokens=50)
 >>> with mo.trace(model) as t: model(ids)       # t.plans by layer
 >>> with mo.edit(model, layer=3, knockout=[5]): model(ids)
->>> mo.save(model, "folder")
+>>> mo.save(model, "folder")                    # format="hf" or "gguf" for other people's programs
 
 Everything else is reachable by its folder, for example ``moesaic.plan``, ``moesaic.routing``, ``moesaic.train``.
 """
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from moesaic.checkpoint.native import load_model, save_model
-from moesaic.convert.companions import read_companions
+from moesaic.convert.companions import read_companions, tokenizer_settings
+from moesaic.convert.hub import resolve
 from moesaic.convert.read import is_foreign, read_model
 from moesaic.convert.write import write_hf
 from moesaic.errors import ConfigError, MoesaicError, one_of
 from moesaic.experts import MoE
 from moesaic.infer.generate import generate
+from moesaic.integrations.hook import install
 from moesaic.lens import edit, trace
 from moesaic.models import Decoder, ModelConfig, MoEConfig, Output, RouterConfig, build_model, dense_twin
 from moesaic.plan import RoutingPlan, SoftPlan
@@ -32,6 +35,8 @@ from moesaic.tokenizer import load_tokenizer
 from moesaic.train.snapshot import resolve_model_folder
 
 __version__ = "0.1.0"
+
+install()  # Hugging Face's Auto classes read our folders, whenever transformers is imported
 
 __all__ = [
     "ConfigError",
@@ -58,17 +63,17 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     """A model with its tokenizer (``model.tokenizer``, None if the folder has none), in evaluation mode.
 
     Args:
-        path: a model directory, a Hugging Face folder of a known family (``moesaic.convert.families``), a run folder (its best
-            checkpoint) or a comparison folder (its sparse run).
+        path: a model directory, a run folder (its best checkpoint), a comparison folder (its sparse run), a Hugging Face folder
+            of a known family (``moesaic.convert.families``), or as a string "owner/name[@revision]" on the Hugging Face hub.
         dtype: dtype of the parameters; routers stay fp32. None keeps the saved one.
 
     Raises ``CheckpointError`` for a missing, damaged or foreign folder, ``ConfigError`` for a config that is not understood.
     """
-    folder = Path(path)
+    folder = resolve(path)
     if is_foreign(folder):
         model = read_model(folder, dtype, device)
     else:
-        folder = resolve_model_folder(path)
+        folder = resolve_model_folder(folder)
         model = load_model(folder, dtype=dtype, device=device)
         model.eval()
     model.tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
@@ -76,20 +81,37 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
     return model
 
 
-def save(model: Any, folder: str | Path, format: str = "moesaic") -> None:
-    """Write a model directory atomically, with the tokenizer and what else came with the model.
+def save(model: Any, folder: str | Path, format: str = "moesaic", kind: str = "f16") -> None:
+    """Write a model atomically, with the tokenizer and what else came with it.
 
     Args:
-        format: "moesaic" holds everything; "hf" is the checkpoint of a Hugging Face family, which needs no moesaic to load.
+        folder: of "gguf" the file.
+        format: "moesaic" holds everything; "hf" is the checkpoint of a Hugging Face family, which needs no moesaic to load;
+            "gguf" is a file for llama.cpp.
+        kind: number type of a GGUF file: f32, f16, bf16, q8_0, q4_0 or mxfp4.
 
-    Raises ``ConfigError`` for an unknown format or a model no family can hold, ``MoesaicError`` if the disk refuses.
+    Raises ``ConfigError`` for an unknown format or a model it cannot hold, ``MoesaicError`` if the disk refuses.
     """
-    one_of("format", format, ("moesaic", "hf"))
+    one_of("format", format, ("moesaic", "hf", "gguf"))
     companions = dict(model.companions)
     if model.tokenizer is not None:
+        companions = {**tokenizer_settings(model.tokenizer), **companions}
         companions["tokenizer.json"] = model.tokenizer.to_str().encode()
     if format == "hf":
         write_hf(model, Path(folder), companions=companions)
+    elif format == "gguf":
+        _save_gguf(model, Path(folder), kind, companions)
     else:
         companions.pop("tokenizer.json", None)
         save_model(model, folder, tokenizer=model.tokenizer, extra_files=companions)
+
+
+def _save_gguf(model: Any, file: Path, kind: Any, companions: dict[str, bytes]) -> None:
+    from moesaic.convert.gguf import export_gguf  # an optional package behind it
+
+    with tempfile.TemporaryDirectory() as words:
+        for name, content in companions.items():
+            if "/" not in name:
+                (Path(words) / name).write_bytes(content)
+        has_words = "tokenizer.json" in companions
+        export_gguf(model, file, kind=kind, tokenizer_folder=Path(words) if has_words else None)

@@ -14,6 +14,7 @@ from typing import Any
 
 import moesaic
 from moesaic.commands.compare import compare
+from moesaic.commands.convert import convert
 from moesaic.commands.doctor import doctor
 from moesaic.commands.evaluate import evaluate_command
 from moesaic.commands.generate import generate
@@ -24,6 +25,7 @@ from moesaic.commands.quickstart import quickstart
 from moesaic.commands.report import report
 from moesaic.commands.routers import routers
 from moesaic.commands.train import train
+from moesaic.commands.upcycle import densify_command, upcycle_command
 from moesaic.errors import ConfigError, nearest
 from moesaic.terminal import guarded, parse, visible
 
@@ -37,6 +39,9 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "lint": lint,
     "report": report,
     "info": info,
+    "convert": convert,
+    "upcycle": upcycle_command,
+    "densify": densify_command,
     "profile": profile,
     "doctor": doctor,
 }
@@ -47,7 +52,7 @@ def help_text() -> str:
     lines = [
         "usage: moesaic COMMAND [options]",
         "",
-        "Mixture-of-Experts Transformers: train, look inside, understand.",
+        "Mixture-of-Experts Transformers: train, convert, upcycle, look inside, understand.",
         "",
     ]
     lines += [f"  {name:<12}{summary(function)}" for name, function in COMMANDS.items()]

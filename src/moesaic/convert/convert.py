@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from moesaic.checkpoint.aside import STEM
 from moesaic.checkpoint.native import config_record
 from moesaic.checkpoint.shards import MAX_SHARD_BYTES
 from moesaic.checkpoint.stream import Shard, ShardWriter, Slot, index_of, plan_shards
@@ -30,7 +31,7 @@ from moesaic.config import to_dict
 from moesaic.convert.coverage import Coverage, size_in_words
 from moesaic.convert.family import Layout
 from moesaic.convert.pieces import Entry, Piece, check_table, extract
-from moesaic.convert.source import ASIDE, Source, aside_tensors, open_source
+from moesaic.convert.source import Source, aside_tensors, open_source
 from moesaic.convert.work import work_for
 from moesaic.convert.write import plan_export, slots, write_companions
 from moesaic.errors import CheckpointError, ConfigError, MoesaicError, one_of
@@ -174,7 +175,7 @@ def plan_conversion(
         record = config_record(to_dict(opened.config), opened.remembered)
         config = json.dumps(record, indent=1, allow_nan=False)
         inside: list[Slot] = []
-        beside = plan_shards(kept, ASIDE, max_shard_bytes) if kept else []
+        beside = plan_shards(kept, STEM, max_shard_bytes) if kept else []
     else:
         export = plan_export(opened.config, opened.remembered, family, layout)
         name, table = export.family.model_type, export.table
@@ -186,7 +187,7 @@ def plan_conversion(
             notes = (f"{len(kept)} tensors that were kept aside have no place in a {name} folder and were left out.",)
     shards = plan_shards([*slots(table, dtypes), *inside], "model", max_shard_bytes)
     files = {"config.json": config.encode(), **opened.companions}
-    for stem, group in (("model", shards), (ASIDE, beside)):
+    for stem, group in (("model", shards), (STEM, beside)):
         if len(group) > 1:
             files[f"{stem}.safetensors.index.json"] = index_of(group).encode()
     return Plan(opened, target, to, name, table, dtypes, shards, beside, files, notes)

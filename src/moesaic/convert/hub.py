@@ -16,7 +16,7 @@ from moesaic.errors import CheckpointError, MoesaicError
 # What is fetched: weights, settings, tokenizer, templates. Pickles and code never are; "consolidated" and "original" copies of
 # the weights, which some repositories hold as well, would only double the download.
 WANTED = [
-    "config.json", "manifest.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
+    "config.json", "manifest.json", "generation_config.json", "model*.safetensors", "aside*.safetensors", "*.index.json",
     "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "*.jinja",
     "chat_template.json",
 ]  # fmt: skip
@@ -75,7 +75,7 @@ def _snapshot(repo: str, revision: str | None) -> Path:
         raise MoesaicError(
             f"There is no folder {repo}, {name} was not downloaded before (or not all of it), and {why}."
         ) from error
-    except (OSError, errors.HfHubHTTPError) as error:  # connections, time-outs, a full disk
+    except (OSError, getattr(errors, "HTTPError", OSError)) as error:  # connections, time-outs, a full disk
         raise MoesaicError(f"Fetching {name} from the Hugging Face hub failed: {_first_line(error)}.") from error
     found = Path(folder)
     if not any(os.path.lexists(found / file) for file in ("model.safetensors", "model.safetensors.index.json")):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -13,9 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from moesaic.checkpoint.aside import find_aside
 from moesaic.checkpoint.atomic import settle
 from moesaic.checkpoint.native import open_model, target_dtypes, tied_names
-from moesaic.checkpoint.shards import find_tensors, read_tensor
+from moesaic.checkpoint.shards import read_tensor
 from moesaic.config import to_dict
 from moesaic.convert.companions import read_companions
 from moesaic.convert.coverage import Coverage, Share
@@ -26,7 +26,6 @@ from moesaic.errors import CheckpointError
 from moesaic.models.config import ModelConfig
 from moesaic.models.decoder import Decoder
 
-ASIDE = "aside"  # stem of the file in a folder of ours that holds what is no part of the model
 _SMALL = 2**24  # files up to this size are told apart by their content
 
 
@@ -100,8 +99,7 @@ def _native(folder: Path, verify: bool) -> Source:
     stored = {names[0]: opened.infos[name] for name, names in opened.groups.items()}
     # A tied tensor counts under the first of its names, as tables do; in the order of the model, as from any other source.
     infos = {names[0]: stored[names[0]] for names in tied_names(opened.model)}
-    kept = (folder / f"{ASIDE}.safetensors", folder / f"{ASIDE}.safetensors.index.json")
-    aside = find_tensors(folder, ASIDE) if any(os.path.lexists(path) for path in kept) else {}
+    aside = find_aside(folder)
     remembered = opened.model.source
     carried = (remembered or {}).get("config")
     keys = tuple(to_dict(opened.model.config))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.convert.convert import Report
-from moesaic.convert.gguf.export import _export as export_tensors
+from moesaic.convert.gguf.export import export_tensors
 from moesaic.convert.gguf.number_types import KINDS
 from moesaic.convert.source import Source
 from moesaic.errors import one_of

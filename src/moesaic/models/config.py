@@ -209,6 +209,8 @@ class ModelConfig:
         _per_layer("model.hidden", self.hidden, self.num_layers, 1)
         if self.sliding_window is not None:
             _per_layer("model.sliding_window", self.sliding_window, self.num_layers, 0)
+        if self.rope_scaling is not None:
+            self.rope_scaling.check(self.rope_dim, self.rope_theta)
         if self.moe is not None:
             _check_moe(self, self.moe)
         if self.depth is not None:

@@ -154,7 +154,7 @@ class Decoder(nn.Module):
         self, position_BS: Tensor, valid_BS: Tensor | None, document_BS: Tensor | None, cache: KVCache | None
     ) -> AttentionContext:
         cfg = self.config
-        cos, sin = rope_tables(position_BS, cfg.rope_dim, cfg.rope_theta, cfg.rope_scaling)
+        cos, sin = rope_tables(position_BS, cfg.rope_dim, cfg.rope_theta, cfg.rope_scaling, valid_BS)
         place, key_position_BL, key_valid_BL = None, position_BS, valid_BS
         if cache is not None:
             seen_padding = cache.has_padding or valid_BS is not None

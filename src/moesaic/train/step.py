@@ -189,6 +189,7 @@ def _balance(
 
 
 def take_reading(readings: dict[int, LayerReading], plans: Mapping[int, RoutingPlan | SoftPlan]) -> None:
+    """Add one forward's plans to the step's reading of each layer, in place."""
     for layer, plan in plans.items():
         load_E = read.load(plan)
         tokens = float(plan.num_tokens if plan.valid_T is None else plan.valid_T.sum())

@@ -126,7 +126,9 @@ def usage_on(model: Decoder, ids_BS: Tensor) -> dict[int, Usage]:
 
 
 def _unseen(sparse: MoE, vocab_size: int) -> Usage:
-    return Usage(torch.ones(sparse.router.num_experts), float(weight_sums(sparse.router, vocab_size).mean()))
+    return Usage(
+        torch.ones(sparse.router.num_experts), float(weight_sums(sparse.router, sparse.dim, vocab_size).mean())
+    )
 
 
 def _dense_layer(sparse: MoE, config: DensifyConfig, seen: Usage) -> Neurons:

@@ -15,8 +15,8 @@ from moesaic.errors import ConfigError
 from moesaic.models.decoder import Decoder
 
 SAME = 1e-5
-"""Largest difference of logits up to which two models count as the same function, in units of the largest logit if that is above
-1: fp32 sums of other orders differ by a few roundings of the numbers they add up."""
+"""Largest difference of logits up to which two models count as the same function, in units of the largest logit if that is
+above 1: fp32 sums of other orders differ by a few roundings of the numbers they add up."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ class Difference:
 
 @torch.no_grad()
 def difference(first: Decoder, second: Decoder, ids_BS: Tensor) -> Difference:
-    """Compare two models of one vocabulary in evaluation mode, row by row; their modes are restored.
+    """Compare two models of one vocabulary in evaluation mode, row by row; their modes are restored. Models routed by task get
+    task 0.
 
     Raises ``ConfigError`` for models of different vocabularies or rows of less than two tokens.
     """
@@ -78,7 +79,8 @@ def difference(first: Decoder, second: Decoder, ids_BS: Tensor) -> Difference:
         second.eval()
         for row in range(ids_BS.shape[0]):
             ids_1S = ids_BS[row : row + 1].to(first.embedding.weight.device)
-            logits = [_wide(model(ids_1S).logits[0]) for model in (first, second)]
+            task_1S = torch.zeros_like(ids_1S)
+            logits = [_wide(model(ids_1S, task_BS=task_1S).logits[0]) for model in (first, second)]
             most = max(most, float((logits[0] - logits[1]).abs().max()))
             largest = max(largest, float(logits[0].abs().max()))
             log_p, log_q = (z_SV.log_softmax(dim=-1) for z_SV in logits)

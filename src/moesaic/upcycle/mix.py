@@ -70,7 +70,7 @@ def assemble(models: Sequence[Decoder], config: UpcycleConfig, prompts: Sequence
     tensors = {name: tensor for name, tensor in mean.items() if not name.startswith(prefixes)}
     for layer, prefix in zip(shape.moe_layers, prefixes, strict=True):
         router = make_router(first.config, config.router, E, config.k, seed_of(config.seed, layer, 0), dtype)
-        settle_weights(router, first.config.vocab_size, config.router_std)
+        settle_weights(router, first.config, config.router_std)
         if seen:
             inputs = [of_one[layer].cpu() for of_one in seen]
             point_at(router, rows_from_means(inputs), torch.cat(inputs))

@@ -39,17 +39,15 @@ def make_router(dense: ModelConfig, config: RouterConfig, E: int, k: int, seed: 
 
 
 @torch.no_grad()
-def weight_sums(router: Router, vocab_size: int, seed: int = 0) -> Tensor:
+def weight_sums(router: Router, dim: int, vocab_size: int, seed: int = 0) -> Tensor:
     """fp64 (T,): what the weights of each of some random, normalised tokens add up to, in evaluation.
 
     Raises ``ConfigError`` for routers whose plans are not rows of tokens and experts (Soft MoE): no expert of theirs sees a
     token as it is.
     """
-    gate = getattr(router, "gate", None)
-    D = gate.weight.shape[1] if isinstance(gate, LinearGate) else _width(router)
     generator = torch.Generator().manual_seed(seed)
     dtype = next((p.dtype for p in router.parameters()), torch.float32)
-    x_TD = torch.randn(_PROBES, D, generator=generator, dtype=torch.float64).to(dtype)
+    x_TD = torch.randn(_PROBES, dim, generator=generator, dtype=torch.float64).to(dtype)
     place_T = torch.arange(_PROBES)
     context = TokenContext(
         ids_T=torch.randint(vocab_size, (_PROBES,), generator=generator),
@@ -76,25 +74,20 @@ def sums_of(plan: RoutingPlan) -> Tensor:
     return torch.zeros(plan.num_tokens, dtype=torch.float64).index_add_(0, plan.token_N.cpu(), weight_N.cpu())
 
 
-def _width(router: Router) -> int:
-    """D, read off any matrix of a router without a linear gate; 1 for those that never look at the vector."""
-    return next((p.shape[-1] for p in router.parameters() if p.dim() >= 2), 1)
-
-
 @torch.no_grad()
-def settle_weights(router: Router, vocab_size: int, std: float | None) -> float:
+def settle_weights(router: Router, dense: ModelConfig, std: float | None) -> float:
     """Give the gate its starting scale, in place, and return what a token's weights then add up to, on average.
 
     ``std``: of the gate's weights; None changes nothing where the sum is constant, and else makes the gate small.
     """
     gate = getattr(router, "gate", None)
-    sums_T = weight_sums(router, vocab_size)
+    sums_T = weight_sums(router, dense.dim, dense.vocab_size)
     if isinstance(gate, LinearGate):
         if std is None and not _constant(sums_T):
             std = SMALL_STD / math.sqrt(gate.weight.shape[1])
         if std is not None:
             gate.weight.mul_(std / gate.weight.std().clamp(min=1e-30) if gate.weight.any() else 0.0)
-            sums_T = weight_sums(router, vocab_size)
+            sums_T = weight_sums(router, dense.dim, dense.vocab_size)
     elif std is not None:
         raise ConfigError(
             f'Router "{type(router).__name__}" has no linear gate, so router_std does not apply; leave it out.'

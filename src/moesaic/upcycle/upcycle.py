@@ -66,7 +66,7 @@ def upcycle(dense: Decoder, config: UpcycleConfig, ids_BS: Tensor | None = None)
     tensors = rest_of(dense, {f"blocks.{layer}.ffn." for layer in shape.moe_layers})
     for layer in shape.moe_layers:
         router = make_router(dense.config, config.router, E, config.k, seed_of(config.seed, layer, 0), dtype)
-        settle_weights(router, dense.config.vocab_size, config.router_std)
+        settle_weights(router, dense.config, config.router_std)
         if config.method == "granular":
             tie_shards(router, config.shards)
         ffn = dense.blocks[layer].ffn
@@ -84,7 +84,7 @@ def with_scale(dense: ModelConfig, config: UpcycleConfig, E: int) -> tuple[Upcyc
 
     def total_of(config: UpcycleConfig) -> float:
         router = make_router(dense, config.router, E, config.k, config.seed, torch.float64)
-        return settle_weights(router, dense.vocab_size, config.router_std)
+        return settle_weights(router, dense, config.router_std)
 
     total = total_of(config)
     if config.scale_in == "experts":

@@ -244,6 +244,3 @@ def _whole_file(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             partial.unlink()
-
-
-_export = export_tensors  # the name it had
