@@ -170,7 +170,10 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "model is a file": (("eval", "a.txt"), ("a.txt is a file", "give the model directory")),
     "folder without a model": (("info", "nothing"), ("nothing is no model directory", "config.json")),
     "Hugging Face folder to eval": (("eval", "mixtral"), ("mixtral/config.json lacks the key", "num_attention_heads")),
-    "Hugging Face folder to generate": (("generate", "mixtral"), ("mixtral/config.json lacks the key", "num_attention_heads")),
+    "Hugging Face folder to generate": (
+        ("generate", "mixtral"),
+        ("mixtral/config.json lacks the key", "num_attention_heads"),
+    ),
     "info of a text": (("info", "a.txt"), ("a.txt is not valid JSON",)),
     "model without text of its own": (("eval", "model"), ("model is not a training run", "--data")),
     "negative rows": (("eval", "run", "--rows", "-1"), ("--rows must be at least 0", "-1")),
