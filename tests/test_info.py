@@ -237,9 +237,12 @@ def test_weights_of_another_config(capsys: pytest.CaptureFixture[str]) -> None:
     tensors = load_file("model/model.safetensors")
     lost = tensors.pop("blocks.1.ffn.experts.w_out")
     save_file(tensors, "model/model.safetensors")
-    held = found(capsys, "model")["checkpoint"]
+    done = call(capsys, "info", "model", "--json")
+    held = json.loads(done.out)["checkpoint"]
     assert (held["matches"], held["expected"] - held["numbers"]) == (False, lost.numel())
-    assert f"! {lost.numel():,} numbers too few: this config is not that of these weights." in shown(capsys, "model")
+    done = call(capsys, "info", "model")
+    assert f"! {lost.numel():,} numbers too few: this config is not that of these weights." in done.out
+    assert (done.status, "do not hold what their config asks for" in done.err) == (2, True)
 
 
 def test_no_tensor_is_read(capsys: pytest.CaptureFixture[str]) -> None:

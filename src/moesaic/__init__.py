@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from moesaic.checkpoint.native import load_model, save_model
+from moesaic.checkpoint.native import empty_model, load_model, save_model
 from moesaic.convert.companions import read_companions, tokenizer_settings
 from moesaic.convert.hub import resolve
 from moesaic.convert.read import is_foreign, read_model
@@ -93,6 +93,7 @@ def save(model: Any, folder: str | Path, format: str = "moesaic", kind: str = "f
     Raises ``ConfigError`` for an unknown format or a model it cannot hold, ``MoesaicError`` if the disk refuses.
     """
     one_of("format", format, ("moesaic", "hf", "gguf"))
+    model = _whole(model)
     companions = dict(model.companions)
     if model.tokenizer is not None:
         companions = {**tokenizer_settings(model.tokenizer), **companions}
@@ -104,6 +105,22 @@ def save(model: Any, folder: str | Path, format: str = "moesaic", kind: str = "f
     else:
         companions.pop("tokenizer.json", None)
         save_model(model, folder, tokenizer=model.tokenizer, extra_files=companions)
+
+
+def _whole(model: Any) -> Decoder:
+    """The decoder, out of Hugging Face's wrapper of it. Raises ``ConfigError`` unless it has its tensors and no others."""
+    inner = model if isinstance(model, Decoder) else getattr(model, "model", None)
+    if not isinstance(inner, Decoder):
+        raise ConfigError(
+            f"save takes a moesaic model, not {type(model).__name__}; of an adapted one merge the adapters first."
+        )
+    strangers = sorted(inner.state_dict().keys() ^ empty_model(inner.config, Path("model")).state_dict().keys())
+    if strangers:
+        raise ConfigError(
+            f"This model has or lacks tensors its config knows nothing of ({strangers[0]}); merge its adapters first "
+            "(model = peft_model.merge_and_unload())."
+        )
+    return inner
 
 
 def _save_gguf(model: Any, file: Path, kind: Any, companions: dict[str, bytes]) -> None:

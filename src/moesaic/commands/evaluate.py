@@ -12,6 +12,7 @@ from tyro.conf import Positional, arg
 import moesaic
 from moesaic.commands.options import at_least, device, whole_number
 from moesaic.commands.output import Json, console_for, print_json, sayer
+from moesaic.convert.hub import resolve
 from moesaic.data.config import DataConfig
 from moesaic.data.corpus import load_corpus, load_store
 from moesaic.data.packing import PackedRows
@@ -50,7 +51,7 @@ def evaluate_command(
     at_least("--rows", rows, 0)
     at_least("--batch-size", batch_size, 1)
     at_least("--seq-len", 1 if seq_len is None else seq_len, 1)
-    folder = resolve_model_folder(model)
+    folder = resolve_model_folder(resolve(str(model)))
     loaded = moesaic.load(folder, device=device())
     if loaded.tokenizer is None:
         raise ConfigError(

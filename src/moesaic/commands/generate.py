@@ -48,7 +48,7 @@ def generate(
     sampling = SamplingConfig(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
-    loaded = moesaic.load(model, device=device())
+    loaded = moesaic.load(str(model), device=device())
     prompts = list(prompt)
     live = len(prompts) == 1 and not json
     unshown = prompts[0]

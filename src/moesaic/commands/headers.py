@@ -79,8 +79,10 @@ class Headers:
 
 def has_weights(folder: Path) -> bool:
     """Whether there is a safetensors file or an index of some. Raises ``CheckpointError`` for pickles."""
-    refuse_pickle(folder)
-    return any(os.path.lexists(folder / f"model.safetensors{end}") for end in ("", ".index.json"))
+    found = any(os.path.lexists(folder / f"model.safetensors{end}") for end in ("", ".index.json"))
+    if not found:
+        refuse_pickle(folder)  # beside safetensors they are never opened
+    return found
 
 
 def native_infos(folder: Path, config: ModelConfig) -> dict[str, TensorInfo]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +23,7 @@ from moesaic.commands.info_tables import show_model, show_names
 from moesaic.commands.options import at_least, whole_number
 from moesaic.commands.output import Json, print_json
 from moesaic.config import from_dict, load_config_file, to_dict
+from moesaic.convert.hub import resolve
 from moesaic.cost.architectures import COUNTED, Counted, counted
 from moesaic.cost.count import Embeddings, ParameterCount, count_config, count_parameters
 from moesaic.cost.flops import part_flops
@@ -116,6 +118,9 @@ def info(
         print_json(_record(found))
     else:
         show_model(found, described(found))
+    if found.checkpoint is not None and not found.checkpoint.matches:
+        print("moesaic: warning: these files do not hold what their config asks for, see above.", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -163,6 +168,10 @@ def _decoder(target: str, name: str | None) -> tuple[ModelConfig, Decoder, Heade
     if name is not None:
         config = preset(name)
         return config, shape(config), None
+    if not path.exists() and target.count("/") == 1 and not path.parent.is_dir():
+        path = resolve(target, download=False)
+    if path.suffix == ".gguf" and path.is_file():
+        raise ConfigError(f"{path} is a GGUF file, which info does not read; give the folder it was made from.")
     if not path.exists():
         hint = nearest(target, [*PRESETS, *COUNTED])
         raise ConfigError(

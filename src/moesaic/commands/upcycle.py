@@ -116,7 +116,7 @@ def upcycle_command(
     if config.needs_text and not text:
         raise ConfigError("What is asked for looks at what the model does on text; name some with --text.")
     say = sayer(console_for(json))
-    models = [moesaic.load(folder) for folder in dense]
+    models = [moesaic.load(str(folder)) for folder in dense]
     own = config.router_init == "prompts"
     texts = [_ids(models[0], (source,) if own else text, rows, say) for source in (text if own else text[:1])]
     seen = torch.cat(texts) if own and texts else texts[0] if texts else None
@@ -127,7 +127,10 @@ def upcycle_command(
     for folder, gap in zip(dense, apart, strict=True):
         _say_difference(say, str(folder), gap, "text" if texts else "random tokens")
     if config.method in PRESERVING and not all(gap.same for gap in apart):
-        say("This router's weights add up to different sums for different tokens, so the function is not kept.")
+        say(
+            "The function is kept where a router's weights add up to the same for every token, as they do where they are "
+            "normalised over the chosen; this router's, or rounding, keep it from that."
+        )
     if json:
         differences = {str(folder): gap.record() for folder, gap in zip(dense, apart, strict=True)}
         print_json(
@@ -163,7 +166,7 @@ def densify_command(
     if config.needs_text and not text:
         raise ConfigError("Which experts are used is seen on text; name some with --text.")
     say = sayer(console_for(json))
-    sparse = moesaic.load(model)
+    sparse = moesaic.load(str(model))
     seen = _ids(sparse, text, rows, say) if text else None
     made = densify(sparse, config, seen)
     gap = difference(sparse, made, random_ids(sparse) if seen is None else seen)

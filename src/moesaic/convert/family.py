@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -338,6 +338,14 @@ def of_sparse(config: ModelConfig, i: int) -> tuple[MoEConfig, int, int]:
     assert config.moe is not None
     at = config.moe_layers.index(i)
     return config.moe, pick(config.moe.num_experts, at), pick(config.moe.hidden, at)
+
+
+def as_released(config: ModelConfig) -> ModelConfig:
+    """With one expert per token at weight 1 a gate cannot learn, and training refuses it; what was released so still runs."""
+    moe = config.moe
+    if moe is None or moe.k != 1 or moe.router.options.get("normalize", "chosen") == "none":
+        return config
+    return replace(config, moe=replace(moe, router=replace(moe.router, options={**moe.router.options, "idle": True})))
 
 
 def one_value(value: int | tuple[int, ...]) -> int:

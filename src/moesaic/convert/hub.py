@@ -24,8 +24,8 @@ UNWANTED = ["*/*.safetensors", "*/*.json", "*.bin", "*.pt", "*.pth", "*.py", "or
 _ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 
 
-def resolve(source: str | os.PathLike[str]) -> Path:
-    """The folder that ``source`` means.
+def resolve(source: str | os.PathLike[str], download: bool = True) -> Path:
+    """The folder that ``source`` means. Without ``download`` only what is in the cache already.
 
     What exists here is meant, a ``Path`` is always one, and so is a name below a folder that exists.
 
@@ -36,10 +36,10 @@ def resolve(source: str | os.PathLike[str]) -> Path:
     found = _ID.fullmatch(source) if isinstance(source, str) else None
     if found is None or os.path.lexists(path) or (found["revision"] is None and path.parent.is_dir()):
         return path
-    return _snapshot(found["repo"], found["revision"])
+    return _snapshot(found["repo"], found["revision"], download)
 
 
-def _snapshot(repo: str, revision: str | None) -> Path:
+def _snapshot(repo: str, revision: str | None, download: bool) -> Path:
     try:
         import huggingface_hub
         from huggingface_hub import constants, errors
@@ -49,7 +49,7 @@ def _snapshot(repo: str, revision: str | None) -> Path:
             'pip install "moesaic[hf]"'
         ) from None
     name = repo + (f"@{revision}" if revision else "")
-    offline = _is_true(os.environ.get("HF_HUB_OFFLINE")) or constants.HF_HUB_OFFLINE
+    offline = not download or _is_true(os.environ.get("HF_HUB_OFFLINE")) or constants.HF_HUB_OFFLINE
     try:
         folder: Any = huggingface_hub.snapshot_download(
             repo,
@@ -71,7 +71,13 @@ def _snapshot(repo: str, revision: str | None) -> Path:
     except errors.HFValidationError as error:
         raise MoesaicError(f"{name} is neither a folder here nor a name the Hugging Face hub allows.") from error
     except errors.LocalEntryNotFoundError as error:
-        why = "HF_HUB_OFFLINE is set" if offline else "the Hugging Face hub cannot be reached"
+        why = (
+            "this reads only what is here (moesaic convert fetches it)"
+            if not download
+            else "HF_HUB_OFFLINE is set"
+            if offline
+            else "the Hugging Face hub cannot be reached"
+        )
         raise MoesaicError(
             f"There is no folder {repo}, {name} was not downloaded before (or not all of it), and {why}."
         ) from error

@@ -68,6 +68,8 @@ class Keys:
         value = self.get(name, default)
         if value is not default and (not isinstance(value, int) or isinstance(value, bool)):
             raise ConfigError(f"{self.where}: {name} must be a whole number, not {show(value)}.")
+        if value is not default and abs(value) >= 2**53:
+            raise ConfigError(f"{self.where}: {name}={show(value)} is impossible.")
         return value
 
     def number(self, name: str, default: Any = _REQUIRED) -> Any:

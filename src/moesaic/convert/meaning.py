@@ -17,7 +17,7 @@ from moesaic.routing import ROUTERS
 
 # Options of routers that act in training alone.
 _TRAINING = (
-    "bias_rule", "bias_rate", "bias_p", "bias_i", "bias_d", "bias_limit", "bias_bins", "init_std", "jitter", "ffn_rows",
+    "bias_rule", "bias_rate", "bias_p", "bias_i", "bias_d", "bias_limit", "bias_bins", "init_std", "idle", "jitter", "ffn_rows",
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +23,7 @@ from moesaic.checkpoint.shards import TensorInfo, find_tensors, names_in_words, 
 from moesaic.checkpoint.untrusted import read_json, safe_member, show
 from moesaic.convert.coverage import Coverage, Share
 from moesaic.convert.families import FAMILIES
-from moesaic.convert.family import Family, Layout
+from moesaic.convert.family import Family, Layout, as_released
 from moesaic.convert.keys import Keys
 from moesaic.convert.pieces import Entry, check_table, fill
 from moesaic.convert.storage import Stored, stored_tensors
@@ -184,7 +185,7 @@ def _understood(folder: Path) -> tuple[Family, ModelConfig, Keys]:
     path = safe_member(folder, "config.json")
     data = read_json(path)
     kind = data.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         hint = nearest(str(kind), FAMILIES)
         raise CheckpointError(f"{path}: models of type {show(kind)} are not read; known: {', '.join(FAMILIES)}.{hint}")
     family = FAMILIES[kind]
@@ -198,7 +199,7 @@ def _understood(folder: Path) -> tuple[Family, ModelConfig, Keys]:
     layers = data.get("num_hidden_layers")
     if isinstance(layers, int) and layers > MAX_LAYERS:  # before anything enumerates layers
         raise ConfigError(f"{path}: num_hidden_layers={layers} is impossible; at most {MAX_LAYERS} are read.")
-    config = family.read(keys)
+    config = as_released(family.read(keys))
     keys.finish()
     return family, config, keys
 
@@ -211,7 +212,8 @@ def open_folder(folder: Path) -> Foreign:
     """
     if not folder.is_dir():
         raise CheckpointError(f"There is no folder {folder}.")
-    refuse_pickle(folder)
+    if not any(os.path.lexists(folder / f"model.safetensors{end}") for end in ("", ".index.json")):
+        refuse_pickle(folder)  # beside safetensors they are never opened
     family, config, keys = _understood(folder)
     infos = find_tensors(folder, "model")
     _refuse_leftovers(folder, {info.file.name for info in infos.values()})

@@ -75,6 +75,8 @@ def _written(family: Family, config: ModelConfig) -> tuple[str | None, dict[str,
     except MoesaicError as error:
         return str(error).rstrip("."), {}
     differences = config_differences(meaning(again), meaning(config))
+    # What follows from another difference says less: an all-sparse reading has no dense layers to have biases or widths.
+    differences.sort(key=lambda difference: difference.startswith(("mlp_bias", "hidden")))
     return (differences[0] if differences else None), values
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from moesaic.checkpoint.aside import open_aside
 from moesaic.checkpoint.atomic import MANIFEST, atomic_folder
 from moesaic.checkpoint.native import fill_model_folder, load_model
 from moesaic.checkpoint.shards import MAX_SHARD_BYTES
@@ -60,7 +61,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         if name in _ONLY and value not in _ONLY[name]:
             allowed = " or ".join(map(repr, _ONLY[name]))
             raise ConfigError(
-                f"from_pretrained({name}={value!r}) does not go with a moesaic model; only {allowed} does."
+                f"from_pretrained({name}={_short(value)}) does not go with a moesaic model; only {allowed} does."
             )
         if name not in _ONLY and name not in _NO_MATTER:
             known = [
@@ -78,6 +79,12 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
                 f"from_pretrained has no argument {name!r} for a moesaic model, whose shape its folder alone says."
                 f"{nearest(name, known)}"
             )
+
+
+def _short(value: Any) -> str:
+    """For a sentence: not a whole state dict."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 40 else f"<{type(value).__name__}>"
 
 
 def place_of(name: str | os.PathLike[str], subfolder: str, hub: Mapping[str, Any]) -> Path:
@@ -144,13 +151,20 @@ class Stored:
     """What ``fill_model_folder`` reads of a model: its config and its tensors under the decoder's names."""
 
     def __init__(self, model: Decoder, tensors: Mapping[str, Tensor]) -> None:
+        self._model = model
         self.config: ModelConfig = model.config
         self.source = model.source
+        self.aside = model.aside
         self._tensors = dict(tensors)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Name to tensor."""
         return self._tensors
+
+    def moved_to(self, folder: Path) -> None:
+        """What is kept aside lies in ``folder`` now, where that was the one it was read from."""
+        if self.aside is not None and self.aside.lies_in(folder):
+            self._model.aside = open_aside(folder)
 
 
 def write_folder(folder: Path, stored: Stored, extra_files: Mapping[str, bytes], max_shard_size: int | str) -> None:
@@ -164,6 +178,7 @@ def write_folder(folder: Path, stored: Stored, extra_files: Mapping[str, bytes],
     try:
         with atomic_folder(folder) as partial:
             fill_model_folder(partial, saved, extra_files=extra_files, max_shard_bytes=bytes_each)
+        stored.moved_to(folder)
         return
     except MoesaicError:
         if not folder.is_dir() or not any(folder.iterdir()):
@@ -175,8 +190,11 @@ def write_folder(folder: Path, stored: Stored, extra_files: Mapping[str, bytes],
         (folder / MANIFEST).unlink(missing_ok=True)
         for old in folder.glob("model*.safetensors*"):  # shards and their index: another number of them may follow
             old.unlink()
+        for old in folder.glob("aside*.safetensors*"):
+            old.unlink()
         for file in sorted(fresh.iterdir(), key=lambda file: file.name == MANIFEST):
             os.replace(file, folder / file.name)
+    stored.moved_to(folder)
 
 
 @contextmanager

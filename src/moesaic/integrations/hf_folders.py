@@ -69,7 +69,8 @@ class OnFolders:
             raise ConfigError(
                 f"{adapter} holds an adapter; load it with moesaic.integrations.lora.load_lora(model, {str(adapter)!r})."
             )
-        hf_files.check_arguments(arguments)
+        asked = getattr(config, "_attn_implementation", None)  # Auto classes put it there
+        hf_files.check_arguments({**arguments, **({"attn_implementation": asked} if asked else {})})
         folder = hf_files.place_of(pretrained_model_name_or_path, subfolder, hub)
         device = hf_files.device_of(device_map)
         decoder = hf_files.read_folder(

@@ -59,6 +59,7 @@ class TopK(Router):
         ffn_rows: LongCat's budget: the bias steers towards this many rows per token at feed-forward experts, shared equally,
             and leaves zero-computation experts alone; None treats all experts alike.
         groups, groups_kept, group_score: choose only inside the best ``groups_kept`` of ``groups`` contiguous groups.
+        idle: build it although k=1 with renormalised weights teaches the gate nothing: for models that were released so.
         init_std: of the gate's weights; 0 starts uniform.
 
     Raises ``ConfigError`` for k > E, groups that cannot hold k, and k=1 with renormalised weights (the weight would be 1
@@ -90,6 +91,7 @@ class TopK(Router):
         groups: int = 1,
         groups_kept: int | None = None,
         group_score: Literal["max", "top2_sum"] = "max",
+        idle: bool = False,
         init_std: float = 0.02,
     ) -> None:
         super().__init__()
@@ -101,10 +103,11 @@ class TopK(Router):
             raise ConfigError(
                 f"scale={scale} would leave the router without gradient or turn it round; it must be above 0."
             )
-        if k == 1 and normalize != "none" and num_experts > 1:
+        learns = k > 1 or normalize == "none" or num_experts == 1
+        if not learns and not idle:
             raise ConfigError(
                 f'k=1 with normalize="{normalize}" makes every weight exactly {scale:g}, so the router gets no gradient; '
-                'use normalize="none" (Switch) or k of at least 2.'
+                'use normalize="none" (Switch) or k of at least 2, or idle=true to run a model that was released so.'
             )
         if score != "softmax" and normalize == "softmax_chosen":
             raise ConfigError(f'normalize="softmax_chosen" takes its own softmax; it does not go with score="{score}".')
@@ -138,6 +141,8 @@ class TopK(Router):
                 'score="sqrt_softplus" or groups; use "sign".'
             )
         self.controller = controller if balance_bias else None
+        if not learns:
+            self.facts = replace(self.facts, teaches="none")
         if normalize == "none" and score == "softmax":
             self.facts = replace(self.facts, teaches="all")  # every logit is in the softmax's denominator
         if balance_bias:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moesaic.errors import ConfigError
 from moesaic.experts.layer import MoE
@@ -170,8 +170,12 @@ def _with_biases(neurons: Neurons, wanted: bool) -> Neurons:
 
 def _check(sparse: MoE, layer: int, config: DensifyConfig) -> None:
     obstacles = {
+        "experts shown as layers of their own (merge adapters, or stack_experts, first)": isinstance(
+            sparse.experts, nn.ModuleList
+        ),
         "zero-computation experts": sparse.num_special > 0,
-        "single neurons as experts": not isinstance(sparse.experts, StackedExperts) and sparse.num_special == 0,
+        "single neurons as experts": not isinstance(sparse.experts, StackedExperts | nn.ModuleList)
+        and sparse.num_special == 0,
         "sub-tokens (multi-head)": getattr(sparse, "heads", 1) > 1,
         "a gated shared expert": sparse.shared is not None and sparse.shared.output_gate is not None,
     }

@@ -60,8 +60,8 @@ class Difference:
 
 @torch.no_grad()
 def difference(first: Decoder, second: Decoder, ids_BS: Tensor) -> Difference:
-    """Compare two models of one vocabulary in evaluation mode, row by row; their modes are restored. Models routed by task get
-    task 0.
+    """Compare two models of one vocabulary, row by row, in evaluation mode and with activations of at least fp32; both are left
+    as they were. Models routed by task get task 0.
 
     Raises ``ConfigError`` for models of different vocabularies or rows of less than two tokens.
     """
@@ -72,11 +72,15 @@ def difference(first: Decoder, second: Decoder, ids_BS: Tensor) -> Difference:
         )
     if ids_BS.numel() == 0 or ids_BS.shape[1] < 2:
         raise ConfigError("Comparing models needs rows of at least two tokens; give more text.")
-    modes = first.training, second.training
+    modes, kinds = (first.training, second.training), (first.compute_dtype, second.compute_dtype)
     most, largest, kl, losses = 0.0, 0.0, 0.0, [0.0, 0.0]
     try:
-        first.eval()
-        second.eval()
+        for model in (first, second):
+            model.eval()
+            if (
+                model.embedding.weight.dtype.itemsize < 4
+            ):  # weights as they are, activations in fp32: rounding says nothing
+                model.compute_dtype = torch.float32
         for row in range(ids_BS.shape[0]):
             ids_1S = ids_BS[row : row + 1].to(first.embedding.weight.device)
             task_1S = torch.zeros_like(ids_1S)
@@ -88,8 +92,9 @@ def difference(first: Decoder, second: Decoder, ids_BS: Tensor) -> Difference:
             for i, log_SV in enumerate((log_p, log_q)):
                 losses[i] += float(F.nll_loss(log_SV[:-1], ids_1S[0, 1:], reduction="sum"))
     finally:
-        first.train(modes[0])
-        second.train(modes[1])
+        for model, mode, kind in zip((first, second), modes, kinds, strict=True):
+            model.train(mode)
+            model.compute_dtype = kind
     targets = ids_BS.shape[0] * (ids_BS.shape[1] - 1)
     return Difference(
         most, largest, max(kl, 0.0) / ids_BS.numel(), losses[0] / targets, losses[1] / targets, ids_BS.numel()

@@ -9,7 +9,7 @@
 | noise | copies, each with its own noise | near |
 | granular | E / G copies, each cut into G shards; output weights times G | the same function |
 | drop | copies, a share of each one's units drawn anew | another |
-| split | the units dealt out, H / E each | another, but for k = E |
+| split | the units dealt out, H / E each | another |
 
 Output weights are divided by what the router's weights add up to (``router.py``), output biases shared out so that they are
 added once. No tensor of the result is shared with the dense model, which is left as it was.

@@ -109,7 +109,8 @@ def _read_v3(keys: Keys) -> ModelConfig:
     keys.fixed("scoring_func", "sigmoid")
     keys.fixed("topk_method", "noaux_tc")
     keys.fixed("rope_interleave", True, False)  # how rows are stored; the table asks
-    keys.whole("num_nextn_predict_layers", None)
+    if keys.whole("num_nextn_predict_layers", 0) < 0:
+        raise ConfigError(f"{keys.where}: num_nextn_predict_layers must be at least 0.")
     keys.carry("num_nextn_predict_layers")
     options = {
         "score": "sigmoid",
