@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as json_module
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +15,7 @@ import moesaic
 from moesaic.checkpoint.atomic import settle
 from moesaic.commands.options import at_least, whole_number
 from moesaic.commands.output import Json, Overrides, console_for, print_json, sayer
+from moesaic.compare.variants import VARIANTS
 from moesaic.config import apply_overrides, from_dict
 from moesaic.cost.count import count_parameters
 from moesaic.data.config import DataConfig
@@ -21,6 +23,7 @@ from moesaic.data.corpus import load_store
 from moesaic.data.packing import PackedRows
 from moesaic.errors import ConfigError
 from moesaic.models import Decoder
+from moesaic.routing import ROUTERS
 from moesaic.train.evaluate import spread
 from moesaic.upcycle import (
     PRESERVING,
@@ -107,6 +110,15 @@ def upcycle_command(
         "drop": drop, "noise": noise, "split_by": split_by, "shared": shared, "router_init": router_init, "seed": seed,
         "router": {"name": router},
     }  # fmt: skip
+    if router not in ROUTERS and router in VARIANTS:
+        variant = VARIANTS[router]
+        options = " ".join(
+            f"router.options.{name}={json_module.dumps(value)}" for name, value in variant.options.items()
+        )
+        raise ConfigError(
+            f'"{router}" is a variant of the router "{variant.router}"; write --router {variant.router}'
+            + (f" --set {options}." if options else ".")
+        )
     config = from_dict(UpcycleConfig, apply_overrides(named, set_), where="")
     _refuse_taken(out)
     if not dense:
