@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from moesaic.convert.families import FAMILIES
-from moesaic.convert.family import read_rope
 from moesaic.convert.keys import Keys
 from moesaic.convert.read import config_of
+from moesaic.convert.rope import read_rope
 from moesaic.errors import ConfigError, MoesaicError
 from moesaic.models.config import ModelConfig
 from tests.convert.configs import CONFIGS

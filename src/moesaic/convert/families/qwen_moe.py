@@ -51,11 +51,9 @@ def _read_moe(keys: Keys, layers: int, **fields: Any) -> MoEConfig:
     every = keys.whole("decoder_sparse_step", 1)
     if every < 1:
         raise ConfigError(f"{keys.where}: decoder_sparse_step must be at least 1, not {every}.")
-    dense = keys.wholes("mlp_only_layers", ())
-    if not all(0 <= layer < layers for layer in dense):
-        raise ConfigError(
-            f"{keys.where}: mlp_only_layers={list(dense)} names layers that are not there (0 to {layers - 1})."
-        )
+    dense = keys.wholes(
+        "mlp_only_layers", ()
+    )  # may name layers beyond the last (models cut short); transformers skips them
     sparse = tuple(i for i in range(layers) if i not in dense and (i + 1) % every == 0)
     if not sparse:
         raise ConfigError(
