@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "moesaic"
 # other. errors lies under everything; the four at the top only ever look down at the rest.
 LEVELS = {
     "errors": -1,
-    **dict.fromkeys(["config", "terminal", "tokenizer", "plan", "ops"], 0),
+    **dict.fromkeys(["config", "layout", "terminal", "tokenizer", "plan", "ops"], 0),
     **dict.fromkeys(["nn", "routing", "data"], 1),
     "experts": 2,
     "models": 3,

@@ -7,6 +7,7 @@ from typing import Literal
 
 from moesaic.data.config import DataConfig
 from moesaic.errors import ConfigError
+from moesaic.layout import ParallelConfig
 from moesaic.models.config import ModelConfig
 from moesaic.train.optim import OptimConfig
 
@@ -31,6 +32,7 @@ class TrainConfig:
         sample_tokens: length of the sample written at the end of the run (0: none).
         tensorboard: also write event files.
         trace_every: store the routing plans of every n-th step (0: never).
+        parallel: how the run is spread over processes; it never changes what is trained.
     """
 
     model: ModelConfig
@@ -51,6 +53,7 @@ class TrainConfig:
     sample_tokens: int = 100
     tensorboard: bool = True
     trace_every: int = 0
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "seq_len", "eval_rows", "keep_last", "dead_window"):

@@ -1,0 +1,1 @@
+"""One model over many processes, on ``torch.distributed``: what is trained never depends on how many there are."""
