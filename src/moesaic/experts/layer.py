@@ -190,6 +190,9 @@ class MoE(nn.Module):
     def compute(self, x_TD: Tensor, ctx: TokenContext) -> tuple[Tensor, RoutingPlan | SoftPlan]:
         """Route and execute: what ``forward`` does once tokens are flat and padding is zero."""
         plan = self.route(x_TD, ctx)
+        if self.shared is not None and getattr(self.dispatcher, "overlaps", False):
+            overlapping: Any = self.dispatcher  # shared experts are computed while rows travel
+            return overlapping(x_TD, plan, self.experts, beside=self.shared), plan
         y_TD = self.dispatcher(x_TD, plan, self.experts)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)

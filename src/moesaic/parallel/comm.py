@@ -6,17 +6,41 @@ Legend: N rows, D width, P ranks of the group.
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.parallel.watch import Watch
 
 Op = Literal["sum", "max", "min"]
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+
+@dataclass(eq=False)
+class Flight:
+    """Rows on their way. ``sent`` is held until they have left."""
+
+    group: Group
+    what: str
+    sent: Tensor
+    out: Tensor
+    work: Any
+    away: int
+
+    def wait(self) -> Tensor:
+        """The rows received."""
+        if self.work is not None:
+            with self.group.watch.collective(self.what, self.group.axis, self.group.ranks, self.away):
+                self.work.wait()
+            self.work = None
+        return self.out
 
 
 class Group:
@@ -67,25 +91,30 @@ class Group:
 
         Rows in the order of their sources. Without gradient; see ``exchange.py``. A rank with nothing to send still calls.
         """
-        if sum(send) != x_ND.shape[0] or len(send) != self.size or len(receive) != self.size:
+        return self.start_all_to_all(x_ND, send, receive, what=what).wait()
+
+    def start_all_to_all(self, x_ND: Tensor, send: Sequence[int], receive: Sequence[int], *, what: str) -> Flight:
+        """``all_to_all`` that goes on while the caller computes; the rows are there after ``wait``."""
+        if sum(send) != x_ND.shape[0] or len(send) != self.size or len(receive) != self.size or min(receive) < 0:
             # gloo would abort the process.
             raise ValueError(f"{what}: {list(send)} rows to send for {x_ND.shape[0]} rows and {self.size} ranks")
         if self.size == 1:
-            return x_ND.clone()
-        out = x_ND.new_empty(sum(receive), *x_ND.shape[1:])
-        away = x_ND.shape[0] - send[self.index]
-        with self.watch.collective(what, self.axis, self.ranks, away * _bytes(x_ND[:1].new_empty(x_ND.shape[1:]))):
-            dist.all_to_all_single(out, x_ND.contiguous(), list(receive), list(send), group=self.handle)
-        return out
+            return Flight(self, what, x_ND, x_ND.clone(), None, 0)
+        x_ND, out_ND = x_ND.contiguous(), x_ND.new_empty(sum(receive), *x_ND.shape[1:])
+        away = (x_ND.shape[0] - send[self.index]) * math.prod(x_ND.shape[1:]) * x_ND.element_size()
+        # Watched while somebody waits for it: that is when it can fail or hang.
+        work = dist.all_to_all_single(out_ND, x_ND, list(receive), list(send), group=self.handle, async_op=True)
+        return Flight(self, what, x_ND, out_ND, work, away)
 
-    def objects(self, value: Any, *, what: str) -> list[Any]:
-        """Every rank's plain value; for rare small things (errors, names), never in a step."""
+    def values(self, value: Any, *, what: str, device: torch.device | str = "cpu") -> list[Any]:
+        """Every rank's plain JSON value; for rare small things (errors, names), never in a step."""
         if self.size == 1:
             return [value]
-        values: list[Any] = [None] * self.size
-        with self.watch.collective(what, self.axis, self.ranks, 0):
-            dist.all_gather_object(values, value, group=self.handle)
-        return values
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+        sizes = self.all_gather(torch.tensor([len(text)], device=device), what=f"{what}: sizes")
+        longest = max(int(size) for size in sizes)
+        parts = self.all_gather(F.pad(text, (0, longest - len(text))), what=what)
+        return [json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(parts, sizes, strict=True)]
 
     def barrier(self, *, what: str) -> None:
         """Wait for all."""

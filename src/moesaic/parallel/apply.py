@@ -1,0 +1,186 @@
+"""A finished model spread over processes, from outside. ``apply`` lists the order; the model never asks for a rank.
+
+| step | what | why there |
+|---|---|---|
+| 1 stages | keep this rank's blocks | nothing below need look at blocks that are not here |
+| 2 experts | keep this rank's slots; dispatchers become exchanges | slots are rows of whole tensors |
+| 3 slices | attention, feed-forward, expert widths | cuts what step 2 left |
+| 4 recomputation | around attention and dispatchers | runs steps 2 and 3 again in the backward, never the router |
+| 5 compilation | of attention and dense feed-forward modules | sees plain tensors of their final shape |
+| 6 FSDP | shards what is left over dp (experts: edp) | wraps modules whose forward is final |
+
+Mixed precision is no step: parameters stay fp32, ``model.compute_dtype`` sets the activations, and modules cast at use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
+
+from moesaic.experts.layer import MoE
+from moesaic.layout import Axis, ParallelConfig
+from moesaic.models.decoder import Decoder
+from moesaic.parallel.dispatch import ExchangeDispatch
+from moesaic.parallel.exchange import FlatPath, TwoLevelPath
+from moesaic.parallel.experts import keep_slots, stack_name, stack_of
+from moesaic.parallel.gradients import gradient_norm, sum_gradients
+from moesaic.parallel.held import Held, Kind, keep, whole
+from moesaic.parallel.world import World
+from moesaic.plan.peers import Peers
+from moesaic.plan.placement import Placement
+
+
+class Spread:
+    """A model that this process holds a part of, and what the training step asks of it.
+
+    Attributes:
+        model: the module to run; parameter names are those of the whole model.
+        held: what of every parameter and buffer is here, by name.
+        placements: of every sparse layer that is here, by index.
+    """
+
+    def __init__(self, model: Decoder, world: World, config: ParallelConfig) -> None:
+        self.model, self.world, self.config = model, world, config
+        self.held: dict[str, Held] = hold(model)
+        self.placements: dict[int, Placement] = {}
+
+    @property
+    def peers(self) -> Peers:
+        """The ranks with the other parts of the batch."""
+        return self.world.peers
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """By name; a tied one comes once."""
+        return dict(self.model.named_parameters())
+
+    def copied(self) -> dict[str, Placement]:
+        """Placements by the names of the expert parameters they are about."""
+        found = {}
+        for layer, placement in self.placements.items():
+            moe = self.model.moe_layers()[layer]
+            for name, _ in stack_of(moe).named_parameters():
+                found[f"{stack_name(moe, f'blocks.{layer}.ffn')}.{name}"] = placement
+        return found
+
+    def sum_gradients(self) -> None:
+        """After the last backward of a step: every rank has the gradients of the whole batch for what it holds."""
+        sum_gradients(self.parameters(), self.held, self.world, self.copied())
+
+    def gradient_norm(self) -> Tensor:
+        """The norm over the whole model, the same on every rank."""
+        return gradient_norm(self.parameters(), self.held, self.world, self.copied())
+
+
+def hold(model: nn.Module) -> dict[str, Held]:
+    """A whole model: everything is here."""
+    experts = {id(p) for m in model.modules() if isinstance(m, MoE) for p in stack_of(m).parameters()}
+    found = {}
+    named: Iterable[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+    for name, tensor in named:
+        kind: Kind = "experts" if id(tensor) in experts else "dense"
+        found[name] = whole(name, tensor.shape, kind)
+    return found
+
+
+def apply(
+    model: Decoder,
+    world: World,
+    config: ParallelConfig,
+    *,
+    recompute: Callable[[Decoder], None] | None = None,
+    placements: dict[int, Placement] | None = None,
+) -> Spread:
+    """Spread ``model``, which every process has built whole from the same seed, over the processes of ``world``. In place.
+
+    Args:
+        recompute: makes a model recompute activations.
+        placements: where experts are, by layer; others lie evenly.
+    """
+    spread = Spread(model, world, config)
+    for layer in model.moe_layers().values():
+        layer.peers = world.peers
+    _place_experts(spread, placements or {})
+    if recompute is not None:
+        recompute(model)
+    if config.compile:
+        _compile(model)
+    if config.fsdp:
+        _shard(spread)
+    return spread
+
+
+def _place_experts(spread: Spread, placements: dict[int, Placement]) -> None:
+    world, config = spread.world, spread.config
+    ep = world["ep"]
+    for index, layer in spread.model.moe_layers().items():
+        E = stack_of(layer).num_experts
+        placement = placements.get(index) or Placement.even(E, ep.size)
+        if ep.size > 1:
+            spread.placements[index] = placement
+            keep_slots(layer, f"blocks.{index}.ffn", placement, ep.index, spread.held)
+            path = make_path(world, placement)
+            layer.dispatcher = ExchangeDispatch(
+                path, placement, ep.index, chunks=config.chunks, padded=ep if config.padded else None
+            )
+
+
+def make_path(world: World, placement: Placement) -> FlatPath | TwoLevelPath:
+    """The way of rows to these slots."""
+    if world.two_levels is not None:
+        return TwoLevelPath(*world.two_levels, placement.slots_per_rank)
+    return FlatPath(world["ep"], placement.slots_per_rank)
+
+
+def _compile(model: Decoder) -> None:
+    for block in model.blocks:
+        block.attention.compile()
+        ffn = block.ffn
+        dense = ffn.shared if isinstance(ffn, MoE) else ffn
+        if dense is not None:
+            dense.compile()
+
+
+def _shard(spread: Spread) -> None:
+    """FSDP2: the experts of a layer over edp, every block and what is left over dp. Gradients are summed."""
+    model, world = spread.model, spread.world
+    device = next(model.parameters()).device.type
+    units: list[tuple[nn.Module, Axis]] = []
+    for block in model.blocks:
+        if isinstance(block.ffn, MoE):
+            units.append((block.ffn.experts, "edp"))
+        units.append((block, "dp"))
+    units.append((model, "dp"))
+    for unit, axis in units:
+        if world[axis].size == 1:
+            continue
+        group = world[axis]
+
+        def place(parameter: nn.Parameter, size: int = group.size, axis: Axis = axis) -> Shard | None:
+            # Slots of one expert must be cut alike everywhere, and few slots leave ranks with nothing: cut the next dimension.
+            even = parameter.dim() > 1 and parameter.shape[1] % size == 0
+            return Shard(1) if axis == "edp" and even else None
+
+        fully_shard(unit, mesh=world.mesh(axis, device), shard_placement_fn=place)
+        unit.set_gradient_divide_factor(1.0)  # type: ignore[attr-defined]
+        unit.set_force_sum_reduction_for_comms(True)  # type: ignore[attr-defined]
+    for name, parameter in model.named_parameters():
+        placed = getattr(parameter, "placements", None)
+        if placed is not None:
+            axis = "edp" if spread.held[name].kind == "experts" else "dp"
+            start, stop = shard_ends(spread.held[name].local[placed[0].dim], world[axis].size, world[axis].index)
+            spread.held[name] = keep(spread.held[name], placed[0].dim, start, stop, axis)
+
+
+def shard_ends(size: int, ranks: int, rank: int) -> tuple[int, int]:
+    """The part of a dimension that FSDP gives a rank: equal parts rounded up, the last ones shorter or empty."""
+    part = -(-size // ranks)
+    return min(rank * part, size), min((rank + 1) * part, size)
+
+
+def parts(batch: Tensor, ranks: int, rank: int) -> Tensor:
+    """The consecutive share of rows that a rank of the dp group computes; shares differ by one row at most."""
+    return torch.tensor_split(batch, ranks)[rank]
