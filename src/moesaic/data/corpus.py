@@ -13,6 +13,8 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from moesaic.data.config import STDLIB, DataConfig
+from moesaic.data.feed import Feed, RowFeed
+from moesaic.data.packing import PackedRows
 from moesaic.data.readers import Document, read_documents
 from moesaic.data.split import TokenView, split
 from moesaic.data.stdlib_corpus import StdlibCorpus, stdlib_corpus
@@ -48,6 +50,10 @@ class Corpus:
     def vocab_size(self) -> int:
         """Tokens of the tokenizer, rounded up to a multiple of 64: what a model needs."""
         return -(-self.tokenizer.get_vocab_size() // 64) * 64
+
+    def feed(self, seq_len: int, batch_size: int, accumulate: int, seed: int) -> Feed:
+        """The training text in steps of ``accumulate`` micro-batches of ``batch_size`` rows."""
+        return RowFeed(PackedRows(self.train, seq_len), batch_size, accumulate, seed)
 
 
 def cache_root(config: DataConfig) -> Path:

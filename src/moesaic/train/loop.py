@@ -23,7 +23,7 @@ from moesaic.checkpoint.atomic import atomic_file
 from moesaic.config import to_dict
 from moesaic.cost.count import count_parameters
 from moesaic.data.corpus import Corpus
-from moesaic.data.packing import PackedRows, RowSampler
+from moesaic.data.packing import Batch, PackedRows
 from moesaic.errors import CheckpointError, ConfigError, MoesaicError, disk_errors
 from moesaic.infer.domains import routers_by_task
 from moesaic.infer.generate import generate
@@ -139,10 +139,9 @@ class _Run:
         self.config, self.corpus, self.folder, self.name, self.stop = config, corpus, folder, name, stop
         self.show_progress = show_progress
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.rows = PackedRows(corpus.train, config.seq_len)
+        self.feed = corpus.feed(config.seq_len, config.batch_size, config.accumulate, config.seed)
         self.val_rows = PackedRows(corpus.val, config.seq_len)
         self.val_indices = spread(self.val_rows, config.eval_rows)
-        self.sampler = RowSampler(len(self.rows), config.batch_size * config.accumulate, config.seed)
         self.state = _State()
         self.evaluation: Evaluation | None = None
         self.say = say or (lambda _: None)
@@ -203,7 +202,7 @@ class _Run:
                 f"{self.folder} was trained on other text than it is resumed with: the files, their options or the tokenizer "
                 "changed. Restore them, or start a new run."
             )
-        self.sampler.load_state_dict(saved["sampler"])
+        self.feed.load_state_dict(saved["sampler"])
         self.state = _State(step=saved["step"], **saved["run"])
         self.resumed_at = self.state.step
         if self.state.step > self.config.steps:
@@ -275,6 +274,7 @@ class _Run:
             if progress is not None:
                 progress.close()
             log.close()
+            self.feed.close()
         if reason == "done" and self.evaluation is None:  # resumed after its last step: measured, not logged again
             self.evaluation = evaluate(self.model, self.val_rows, self.val_indices, config.batch_size)
         rate = state.tokens / state.seconds if state.seconds else 0.0
@@ -290,10 +290,9 @@ class _Run:
             self.evaluation,
         )
 
-    def _batches(self) -> list[Any]:
-        """One micro-batch at a time from the step's rows; the sampler draws the whole step so that its state is one number."""
-        indices = self.sampler.next()
-        return [self.rows.batch(part).to(self.device) for part in indices.split(self.config.batch_size)]
+    def _batches(self) -> list[Batch]:
+        """The step's micro-batches on the run's device."""
+        return [batch.to(self.device) for batch in self.feed.next_step(part=0, parts=1)]
 
     def _step_record(self, reading: StepReading, lr: float, seconds: float) -> dict[str, Any]:
         state = self.state
@@ -343,7 +342,7 @@ class _Run:
         if best:
             state.best_saved_loss = loss
         run = {name: getattr(state, name) for name in state.__dataclass_fields__ if name != "step"}
-        saved = {"corpus": self.corpus.fingerprint, "sampler": self.sampler.state_dict(), "run": run}
+        saved = {"corpus": self.corpus.fingerprint, "sampler": self.feed.state_dict(), "run": run}
         save_snapshot(
             self.folder,
             state.step,
