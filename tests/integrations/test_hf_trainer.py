@@ -16,7 +16,7 @@ import moesaic as mo
 from moesaic.integrations.hf_model import MoesaicForCausalLM
 from moesaic.integrations.hf_trainer import MoesaicCallback
 from moesaic.integrations.hook import install
-from moesaic.train.step import StepReading
+from moesaic.train.reading import StepReading
 from tests.integrations.folders import VOCAB, loud_model, saved_folder, sparse_config
 
 install()

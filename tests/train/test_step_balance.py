@@ -12,7 +12,8 @@ from moesaic.errors import ConfigError
 from moesaic.models import build_model
 from moesaic.plan import AdaptiveFactor, CapacityRule
 from moesaic.routing import LossContext, balance_loss
-from moesaic.train.step import StepReading, forward, train_step
+from moesaic.train.reading import StepReading
+from moesaic.train.step import forward, train_step
 from tests.models.tiny import lively, sparse
 from tests.train.test_step import batch_of, rows_of
 

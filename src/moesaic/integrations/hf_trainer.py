@@ -16,7 +16,8 @@ from transformers import TrainerCallback
 from moesaic.integrations.hf_model import MoesaicForCausalLM
 from moesaic.integrations.hf_output import MoesaicOutput
 from moesaic.models.output import Output
-from moesaic.train.step import StepReading, after_step, outcome_of, take_reading, take_statistics
+from moesaic.train.reading import StepReading, take_reading, take_statistics
+from moesaic.train.step import after_step, outcome_of
 
 
 class MoesaicCallback(TrainerCallback):  # type: ignore[misc]

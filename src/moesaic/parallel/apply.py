@@ -15,6 +15,7 @@ Mixed precision is no step: parameters stay fp32, ``model.compute_dtype`` sets t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,11 +42,13 @@ class Spread:
         model: the module to run; parameter names are those of the whole model.
         held: what of every parameter and buffer is here, by name.
         placements: of every sparse layer that is here, by index.
+        sizes: experts of every sparse layer of the model, special ones included, by index.
     """
 
     def __init__(self, model: Decoder, world: World, config: ParallelConfig) -> None:
         self.model, self.world, self.config = model, world, config
         self.held: dict[str, Held] = hold(model)
+        self.sizes = {i: layer.router.num_experts for i, layer in model.moe_layers().items()}
         self.placements: dict[int, Placement] = {}
 
     @property
@@ -137,8 +140,9 @@ def make_path(world: World, placement: Placement) -> FlatPath | TwoLevelPath:
 
 def _compile(model: Decoder) -> None:
     for block in model.blocks:
-        block.attention.compile()
-        ffn = block.ffn
+        attention: Any = block.attention
+        attention.compile()
+        ffn: Any = block.ffn
         dense = ffn.shared if isinstance(ffn, MoE) else ffn
         if dense is not None:
             dense.compile()
@@ -148,10 +152,12 @@ def _shard(spread: Spread) -> None:
     """FSDP2: the experts of a layer over edp, every block and what is left over dp. Gradients are summed."""
     model, world = spread.model, spread.world
     device = next(model.parameters()).device.type
-    units: list[tuple[nn.Module, Axis]] = []
+    units: list[tuple[Any, Axis]] = []
+    # Experts without copies stay whole; blocks must not shard them over dp.
+    own = {p for layer in model.moe_layers().values() for p in stack_of(layer).parameters()}
     for block in model.blocks:
         if isinstance(block.ffn, MoE):
-            units.append((block.ffn.experts, "edp"))
+            units.append((stack_of(block.ffn), "edp"))
         units.append((block, "dp"))
     units.append((model, "dp"))
     for unit, axis in units:
@@ -164,9 +170,10 @@ def _shard(spread: Spread) -> None:
             even = parameter.dim() > 1 and parameter.shape[1] % size == 0
             return Shard(1) if axis == "edp" and even else None
 
-        fully_shard(unit, mesh=world.mesh(axis, device), shard_placement_fn=place)
-        unit.set_gradient_divide_factor(1.0)  # type: ignore[attr-defined]
-        unit.set_force_sum_reduction_for_comms(True)  # type: ignore[attr-defined]
+        ignored = own if axis == "dp" and world["edp"].size == 1 else None
+        fully_shard(unit, mesh=world.mesh(axis, device), shard_placement_fn=place, ignored_params=ignored)
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
     for name, parameter in model.named_parameters():
         placed = getattr(parameter, "placements", None)
         if placed is not None:

@@ -3,76 +3,29 @@
 Every figure of a step comes from the plans its forwards returned. With several micro-batches the language-model loss is
 the mean over all target tokens of the step (not the mean of means), balancing losses are averaged over micro-batches and
 layers, and load is one histogram per layer.
+
+On several processes (``spread``) each computes its share of every micro-batch's rows. Losses are those of the whole batch:
+sums over all ranks over counts over all ranks, so gradients are plain sums, and the step is that of one process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from moesaic.data.packing import IGNORE, Batch
-from moesaic.models.config import MoEConfig
 from moesaic.models.decoder import Decoder
 from moesaic.models.output import Output
-from moesaic.plan import read
+from moesaic.parallel.apply import Spread
+from moesaic.parallel.gradients import local
+from moesaic.plan.peers import ALONE
 from moesaic.plan.plan import RoutingPlan, SoftPlan
 from moesaic.routing import LossContext, Outcome, StepStats, balance_loss
 from moesaic.train.guard import check_finite
 from moesaic.train.loss import cross_entropy
-
-Plans = dict[int, RoutingPlan | SoftPlan]
-
-
-@dataclass
-class LayerReading:
-    """What one sparse layer did during one step, summed over micro-batches; ``sums`` is for the layer itself."""
-
-    load_E: Tensor
-    dropped: float = 0.0
-    entropy: float = 0.0
-    margin: float = 0.0
-    tokens: float = 0.0
-    computed: float = 0.0
-    sums: dict[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass
-class StepReading:
-    """The figures of one step. Lists have one entry per sparse layer.
-
-    Attributes:
-        loss: language-model loss plus weighted balancing losses and the routers' own.
-        lm_loss: nats per target token.
-        losses: unweighted balancing losses, averaged over layers; the routers' own losses, weighted and summed over layers.
-        grad_norm: global norm before clipping.
-        depth: readings of Mixture-of-Depths blocks, by layer.
-    """
-
-    loss: float = 0.0
-    lm_loss: float = 0.0
-    losses: dict[str, float] = field(default_factory=dict)
-    grad_norm: float = 0.0
-    targets: int = 0
-    layers: dict[int, LayerReading] = field(default_factory=dict)
-    depth: dict[int, LayerReading] = field(default_factory=dict)
-
-    def record(self) -> dict[str, object]:
-        """The balance fields of a metrics record."""
-        layers = self.layers.values()
-        chosen = [max(int(r.load_E.sum()), 1) for r in layers]
-        tokens = [max(r.tokens, 1.0) for r in layers]
-        return {
-            "load": [read.logged_load(r.load_E).tolist() for r in layers],
-            "max_vio": [float(read.max_violation(r.load_E)) for r in layers],
-            "drop_rate": [r.dropped / c for r, c in zip(layers, chosen, strict=True)],
-            "entropy": [r.entropy / t for r, t in zip(layers, tokens, strict=True)],
-            "margin": [r.margin / t for r, t in zip(layers, tokens, strict=True)],
-            "per_token": [r.computed / t for r, t in zip(layers, tokens, strict=True)],
-            **({"depth_share": [r.computed / max(r.tokens, 1.0) for r in self.depth.values()]} if self.depth else {}),
-        }
+from moesaic.train.reading import Plans, StepReading, over_ranks, take_reading, take_statistics
 
 
 def forward(model: Decoder, batch: Batch) -> Output:
@@ -88,61 +41,134 @@ def lm_losses(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
 
 
 def train_step(
-    model: Decoder, optimizer: torch.optim.Optimizer, batches: Sequence[Batch], *, lr: float, clip: float, step: int
+    model: Decoder,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    *,
+    lr: float,
+    clip: float,
+    step: int,
+    spread: Spread | None = None,
 ) -> tuple[StepReading, Plans]:
-    """One update from ``batches`` (micro-batches). Returns the reading and the last micro-batch's plans.
+    """One update from ``batches`` (micro-batches). Returns the reading and the last micro-batch's plans, of this rank's share.
+
+    Args:
+        spread: the model is this rank's part of one; ``batches`` are its share of the rows.
 
     Raises ``NonFiniteError`` naming the layer, before the update, if the loss or the gradient is not finite.
     """
     model.train()
-    moe = model.config.moe
-    reading = StepReading(targets=sum(int((b.targets_BS != IGNORE).sum()) for b in batches))
-    plans: Plans = {}
+    losses = StepLosses(model, batches, step, spread)
+    output, token_loss_T = None, None
     for batch in batches:
         output = forward(model, batch)
-        plans = output.plans
         token_loss_T = lm_losses(output.logits, batch.targets_BS)
-        loss = token_loss_T.sum() / max(reading.targets, 1)
-        reading.lm_loss += loss.item()
-        take_reading(reading.layers, plans)
-        take_reading(reading.depth, output.depth)
-        take_statistics(reading, model, plans)
-        for name, value in own_losses(model, output, token_loss_T).items():
-            loss = loss + value / len(batches)
-            reading.losses[name] = reading.losses.get(name, 0.0) + value.item() / len(batches)
-        if moe is not None and plans and moe.losses:
-            extra, values = _balance(plans, moe, reading, batch, step)
-            loss = loss + extra / len(batches)
-            for name, mean in values.items():
-                reading.losses[name] = reading.losses.get(name, 0.0) + mean / len(batches)
-        reading.loss += loss.item()
+        loss = losses.of_tokens(token_loss_T) + losses.of_plans(batch, output, token_loss_T)
         loss.backward()  # type: ignore[no-untyped-call]
+    assert output is not None and token_loss_T is not None
+    reading = losses.reading
+    if spread is not None:
+        spread.sum_gradients()
     parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if spread is None:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    else:
+        norm = spread.gradient_norm()
+        reading = over_ranks(reading, spread.world, spread.sizes)
     reading.grad_norm = norm.item()
     # Before clipping: scaling by a NaN norm would make every gradient NaN and hide where it began.
     check_finite(model, reading.loss, reading.grad_norm, step, lambda: [forward(model, batch) for batch in batches])
     # A norm within the limit would multiply every gradient by 1, one more pass over memory.
     if clip > 0 and float(clip / (norm + 1e-6)) < 1:
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        if spread is None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        else:
+            torch._foreach_mul_([local(p.grad) for p in parameters if p.grad is not None], float(clip / (norm + 1e-6)))
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     after_step(model, reading)
     for layer, sparse in model.moe_layers().items():
-        sparse.router.observe(plans[layer].detach(), outcome_of(plans, layer, token_loss_T))
-    return reading, plans
+        sparse.router.observe(output.plans[layer].detach(), losses.outcome(output.plans, layer, token_loss_T))
+    return reading, output.plans
 
 
-def own_losses(model: Decoder, output: Output, token_loss_T: Tensor) -> dict[str, Tensor]:
+class StepLosses:
+    """The losses of a step, micro-batch by micro-batch, and the reading that they fill.
+
+    Attributes:
+        reading: of this rank's share; of the language-model loss its part, of the others the whole.
+    """
+
+    def __init__(self, model: Decoder, batches: Sequence[Batch], step: int, spread: Spread | None) -> None:
+        self.model, self.step, self.spread = model, step, spread
+        self.peers = ALONE if spread is None else spread.peers
+        self.num_sparse = len(model.moe_layers()) if spread is None else len(spread.sizes)
+        self.micro = len(batches)
+        targets = sum(int((b.targets_BS != IGNORE).sum()) for b in batches)
+        if self.peers.count > 1:
+            targets = int(self.peers.total(torch.tensor(targets, device=batches[0].ids_BS.device)))
+        self.reading = StepReading(targets=targets)
+
+    def of_tokens(self, token_loss_T: Tensor) -> Tensor:
+        """This rank's part of the mean over all target tokens of the step."""
+        loss = token_loss_T.sum() / max(self.reading.targets, 1)
+        self.reading.lm_loss += loss.item()
+        self.reading.loss += loss.item()
+        return loss
+
+    def of_plans(self, batch: Batch, output: Output, token_loss_T: Tensor) -> Tensor:
+        """Balancing losses and the routers' own, of the whole micro-batch, over the number of micro-batches."""
+        reading, plans, moe = self.reading, output.plans, self.model.config.moe
+        take_reading(reading.layers, plans)
+        take_reading(reading.depth, output.depth)
+        take_statistics(reading, self.model, plans)
+        total = token_loss_T.new_zeros(())
+        for name, value in own_losses(self.model, output, token_loss_T, self.outcome).items():
+            total = total + value / self.micro
+            reading.losses[name] = reading.losses.get(name, 0.0) + value.item() / self.micro
+        if moe is not None and plans and moe.losses:
+            extra, values = self._balance(plans, batch)
+            total = total + extra / self.micro
+            for name, mean in values.items():
+                reading.losses[name] = reading.losses.get(name, 0.0) + mean / self.micro
+        reading.loss += total.item()
+        return total
+
+    def outcome(self, plans: Mapping[int, RoutingPlan | SoftPlan], layer: int, token_loss_T: Tensor) -> Outcome:
+        """See ``outcome_of``."""
+        return outcome_of(plans, layer, token_loss_T)
+
+    def _balance(self, plans: Plans, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """Weighted balancing losses averaged over layers, and each one's unweighted mean."""
+        moe = self.model.config.moe
+        assert moe is not None
+        totals, values = [], dict.fromkeys(moe.losses, 0.0)
+        for layer, plan in plans.items():
+            counts_E = self.reading.layers[layer].load_E  # this step's micro-batches so far, this one included
+            ctx = LossContext(batch.ids_BS.shape[0], moe.loss_scope, counts_E, batch.label_BS.flatten(), self.step)
+            total, parts = balance_loss(plan, moe.losses, ctx, moe.loss_options)
+            totals.append(total)
+            for name, value in parts.items():
+                values[name] += value.item() / self.num_sparse
+        return torch.stack(totals).sum() / self.num_sparse, values
+
+
+def own_losses(
+    model: Decoder,
+    output: Output,
+    token_loss_T: Tensor,
+    outcome: Callable[[Mapping[int, RoutingPlan | SoftPlan], int, Tensor], Outcome] | None = None,
+) -> dict[str, Tensor]:
     """Losses that only the routers themselves have, those of depth included, by name, summed over layers."""
+    outcome = outcome or outcome_of
     totals: dict[str, Tensor] = {}
     inside = {layer: sparse.router for layer, sparse in model.moe_layers().items()}
     for routers, plans in ((inside, output.plans), (model.depth_routers(), output.depth)):
         for layer, plan in plans.items():
-            outcome = outcome_of(plans, layer, token_loss_T)
-            for name, value in routers[layer].own_losses(plan, outcome).items():
+            seen = outcome(plans, layer, token_loss_T)
+            for name, value in routers[layer].own_losses(plan, seen).items():
                 totals[name] = totals[name] + value if name in totals else value
     return totals
 
@@ -171,42 +197,3 @@ def after_step(model: Decoder, reading: StepReading) -> None:
         mine = reading.depth[layer]
         share = float(mine.load_E.sum()) / max(mine.tokens, 1.0)
         depth.after_step(StepStats(mine.load_E, int(mine.tokens), share, mean_token_loss=reading.lm_loss))
-
-
-def _balance(
-    plans: Plans, moe: MoEConfig, reading: StepReading, batch: Batch, step: int
-) -> tuple[Tensor, dict[str, float]]:
-    """Weighted balancing losses averaged over layers, and each one's unweighted mean."""
-    totals, values = [], dict.fromkeys(moe.losses, 0.0)
-    for layer, plan in plans.items():
-        counts_E = reading.layers[layer].load_E  # this step's micro-batches so far, this one included
-        ctx = LossContext(batch.ids_BS.shape[0], moe.loss_scope, counts_E, batch.label_BS.flatten(), step)
-        total, parts = balance_loss(plan, moe.losses, ctx, moe.loss_options)
-        totals.append(total)
-        for name, value in parts.items():
-            values[name] += value.item() / len(plans)
-    return torch.stack(totals).mean(), values
-
-
-def take_reading(readings: dict[int, LayerReading], plans: Mapping[int, RoutingPlan | SoftPlan]) -> None:
-    """Add one forward's plans to the step's reading of each layer, in place."""
-    for layer, plan in plans.items():
-        load_E = read.load(plan)
-        tokens = float(plan.num_tokens if plan.valid_T is None else plan.valid_T.sum())
-        mine = readings.setdefault(layer, LayerReading(torch.zeros_like(load_E)))
-        mine.load_E = mine.load_E + load_E
-        mine.dropped += float(plan.dropped) if isinstance(plan, RoutingPlan) else 0.0
-        mine.computed += float(plan.counts_E.sum())
-        mine.entropy += float(read.router_entropy(plan)) * tokens
-        mine.margin += float(read.margin(plan)) * tokens
-        mine.tokens += tokens
-
-
-@torch.no_grad()
-def take_statistics(reading: StepReading, model: Decoder, plans: Plans) -> None:
-    """Add up what the layers want to know of every micro-batch when the step is over."""
-    sparse = model.moe_layers()
-    for layer, plan in plans.items():
-        sums = reading.layers[layer].sums
-        for name, value in sparse[layer].statistics(plan).items():
-            sums[name] = sums[name] + value if name in sums else value

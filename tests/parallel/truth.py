@@ -1,0 +1,220 @@
+"""N processes against one: the same steps in both ways, inside every process, and how far what it holds is from the whole.
+
+A case is plain data, so that it travels to the processes. Every rank trains the whole model alone and its part of the spread
+one on the same rows, then compares every gradient, weight and moment it holds with the boxes of the whole they belong to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesaic.data.packing import IGNORE, Batch
+from moesaic.layout import Layout, ParallelConfig
+from moesaic.models.build import build_model
+from moesaic.models.config import ModelConfig, MoEConfig, RouterConfig
+from moesaic.models.decoder import Decoder
+from moesaic.parallel.apply import Spread, apply
+from moesaic.parallel.gradients import local
+from moesaic.parallel.held import Held
+from moesaic.parallel.world import World
+from moesaic.train.optim import OptimConfig, make_optimizer
+from moesaic.train.reading import StepReading
+from moesaic.train.recompute import recompute_activations
+from moesaic.train.step import train_step
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison.
+
+    Attributes:
+        parallel: the layout. moe: changes to the sparse layers. model: changes to the model.
+        batch: rows of a micro-batch. accumulate: micro-batches of a step. steps: how many.
+        edit: changes both models before training ("skew": one expert takes nearly all; "starve": an expert gets no token).
+        short: rows of the last micro-batch that are padding, counted from the end.
+    """
+
+    name: str
+    parallel: ParallelConfig
+    moe: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    router: dict[str, Any] = field(default_factory=dict)
+    router_name: str = "topk"
+    batch: int = 4
+    accumulate: int = 1
+    steps: int = 1
+    recompute: bool = False
+    dtype: str = "float32"
+    edit: str = ""
+    short: int = 0
+    ranks_per_node: int | None = None
+
+
+def config_of(case: Case) -> ModelConfig:
+    """A tiny decoder: two sparse layers and more, if the case says so."""
+    router = RouterConfig(case.router_name, dict(case.router), allow_leak=True)
+    moe = MoEConfig(**{"num_experts": 8, "k": 2, "hidden": 16, "router": router, **case.moe})
+    base = ModelConfig(vocab_size=31, dim=16, num_layers=2, num_heads=2, hidden=24, max_seq_len=16, moe=moe)
+    return replace(base, **case.model)
+
+
+def build(case: Case) -> Decoder:
+    """The whole model of a case."""
+    torch.manual_seed(7)
+    model = build_model(config_of(case))
+    if case.dtype == "float64":
+        model = to_fp64(model)
+    if case.edit:
+        for layer in model.moe_layers().values():
+            linear: Any = next(p for p in layer.router.parameters() if p.dim() == 2)
+            with torch.no_grad():
+                if case.edit == "skew":
+                    linear[0] += linear.abs().max()
+                    linear.mul_(3.0)
+                else:
+                    linear[-1] = linear.mean(dim=0) - 0.0
+                    linear[-1] *= 0.0
+                    linear[:-1] *= 6.0
+    return model
+
+
+def to_fp64(model: Decoder) -> Decoder:
+    """Everything, routers included, which otherwise stay fp32."""
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                parameter.data = parameter.data.double()
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.double()
+    return model
+
+
+def batches_of(case: Case, step: int) -> list[Batch]:
+    """The whole step's micro-batches."""
+    generator = torch.Generator().manual_seed(100 + step)
+    found = []
+    for m in range(case.accumulate):
+        S = 12
+        ids = torch.randint(0, 31, (case.batch, S + 1), generator=generator)
+        documents = (torch.arange(S) >= 7).long().expand(case.batch, S).clone()
+        targets = ids[:, 1:].clone()
+        targets[:, 6] = IGNORE
+        valid = torch.ones(case.batch, S, dtype=torch.bool)
+        if m == case.accumulate - 1 and case.short:
+            valid[-case.short :] = False
+            targets[-case.short :] = IGNORE
+        labels = torch.where(valid, torch.arange(case.batch)[:, None] % 3, -1)
+        found.append(Batch(ids[:, :-1].contiguous(), targets, valid, documents, labels))
+    return found
+
+
+def share(batches: list[Batch], part: int, parts: int) -> list[Batch]:
+    """A rank's rows of every micro-batch."""
+    names = ("ids_BS", "targets_BS", "valid_BS", "document_BS", "label_BS")
+    return [Batch(*(getattr(b, n).tensor_split(parts)[part] for n in names)) for b in batches]
+
+
+@dataclass
+class Trained:
+    """What training left: readings, the first step's gradients, weights and moments at the end."""
+
+    readings: list[StepReading]
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    model: Any = None
+    held: dict[str, Held] = field(default_factory=dict)
+    spread: Spread | None = None
+
+
+def train(case: Case, world: World | None, between: Callable[[Spread, Any, int], None] | None = None) -> Trained:
+    """Train alone, or spread over the processes of ``world``."""
+    model = build(case)
+    spread = None
+    if world is not None:
+        spread = apply(model, world, case.parallel, recompute=recompute_activations if case.recompute else None)
+    elif case.recompute:
+        recompute_activations(model)
+    optimizer = make_optimizer(model, OptimConfig(lr=1e-2))
+    found: dict[str, Tensor] = {}
+
+    def keep(_opt: Any, _args: Any, _kwargs: Any) -> None:
+        if not found:
+            found.update({n: local(p.grad).detach().clone() for n, p in model.named_parameters() if p.grad is not None})
+
+    optimizer.register_step_pre_hook(keep)
+    readings = []
+    for step in range(case.steps):
+        rows = batches_of(case, step)
+        if spread is not None and world is not None:
+            rows = share(rows, world["dp"].index, world["dp"].size)
+        reading, _ = train_step(model, optimizer, rows, lr=1e-2, clip=1.0, step=step + 1, spread=spread)
+        readings.append(reading)
+        if between is not None and spread is not None:
+            between(spread, optimizer, step)
+    names = {id(p): n for n, p in model.named_parameters()}
+    weights = {n: local(t).detach().clone() for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    moments = {}
+    for p, state in optimizer.state.items():
+        for key, value in state.items():
+            if key != "step":
+                moments[f"{key}/{names[id(p)]}"] = local(value).detach().clone()
+    return Trained(readings, found, weights, moments, model, {} if spread is None else spread.held, spread)
+
+
+def error(mine: Tensor, whole: Tensor, held: Held) -> float:
+    """The largest difference of what is held from the whole, over the largest entry of the whole."""
+    worst = 0.0
+    assert tuple(mine.shape) == held.local, (held.name, tuple(mine.shape), held.local)
+    for box in held.boxes:
+        ours, theirs = mine[box.local_slices], whole[box.logical_slices]
+        worst = max(worst, float((ours.double() - theirs.double()).abs().max()) if ours.numel() else 0.0)
+    return worst / max(float(whole.double().abs().max()), 1e-30)
+
+
+def compare(case: Case, world: World) -> dict[str, Tensor]:
+    """Errors by what: "loss", "norm", "gradient", "weight", "moment", relative; "load": experts whose counts differ."""
+    alone, many = train(case, None), train(case, world)
+    out: dict[str, float] = {"loss": 0.0, "norm": 0.0, "load": 0.0, "gradient": 0.0, "weight": 0.0, "moment": 0.0}
+    worst = {"gradient": "", "weight": "", "moment": ""}
+    for one, other in zip(alone.readings, many.readings, strict=True):
+        out["loss"] = max(out["loss"], abs(one.loss - other.loss) / abs(one.loss))
+        out["loss"] = max(out["loss"], abs(one.lm_loss - other.lm_loss) / abs(one.lm_loss))
+        assert set(one.losses) == set(other.losses), (one.losses, other.losses)
+        for name in one.losses:
+            out["loss"] = max(out["loss"], abs(one.losses[name] - other.losses[name]) / (abs(one.losses[name]) + 1e-3))
+        out["norm"] = max(out["norm"], abs(one.grad_norm - other.grad_norm) / one.grad_norm)
+        assert list(one.layers) == list(other.layers)
+        for layer in one.layers:
+            a, b = one.layers[layer], other.layers[layer]
+            out["load"] += float((a.load_E != b.load_E).sum()) + (a.tokens != b.tokens) + (a.dropped != b.dropped)
+    for kind, mine, theirs in (
+        ("gradient", many.gradients, alone.gradients),
+        ("weight", many.weights, alone.weights),
+        ("moment", many.moments, alone.moments),
+    ):
+        for name, tensor in mine.items():
+            held = many.held[name.split("/")[-1]]
+            if name not in theirs:
+                raise AssertionError(f"{kind} of {name} is not in the model of one process")
+            wrong = error(tensor, theirs[name], held)
+            if wrong > out[kind]:
+                out[kind], worst[kind] = wrong, name
+    if max(out.values()) > 1e-6:
+        print(case.name, world.rank, out, worst, flush=True)
+    return {f"{case.name}: {key}": torch.tensor(value) for key, value in out.items()}
+
+
+def run_cases(rank: int, cases: list[Case], size: int) -> dict[str, Tensor]:
+    """All cases of one number of processes, in one start."""
+    found: dict[str, Tensor] = {}
+    for case in cases:
+        world = World(Layout.of(case.parallel, size), rank, ranks_per_node=case.ranks_per_node)
+        found |= compare(case, world)
+    return found
