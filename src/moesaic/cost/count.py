@@ -65,18 +65,13 @@ def count_config(config: ModelConfig) -> ParameterCount:
     """``count_parameters`` of the model of ``config``, of whose blocks only one of each kind is built."""
     if config.depth is not None:
         return count_parameters(build_model(config, seed=0, device="meta"))
-    kinds = Counter(_kind(config, layer) for layer in range(config.num_layers))
-    first = {kind: next(i for i in range(config.num_layers) if _kind(config, i) == kind) for kind in kinds}
-    model = build_model(_only(config, list(first.values())), seed=0, device="meta")
+    kinds = Counter(kind_of(config, layer) for layer in range(config.num_layers))
+    first = {kind: next(i for i in range(config.num_layers) if kind_of(config, i) == kind) for kind in kinds}
+    model = build_model(only(config, list(first.values())), seed=0, device="meta")
     return _count(model, Counter({place: kinds[kind] for place, kind in enumerate(first)}))
 
 
-def stored_elements(model: Decoder) -> int:
-    """Numbers a checkpoint of ``model`` holds: every parameter once, tied ones too, and buffers that are saved."""
-    return sum(tensor.numel() for tensor in {id(t): t for t in model.state_dict(keep_vars=True).values()}.values())
-
-
-def _kind(config: ModelConfig, layer: int) -> tuple[int, ...]:
+def kind_of(config: ModelConfig, layer: int) -> tuple[int, ...]:
     """Equal for two blocks with as many parameters in every part."""
     moe = config.moe
     if moe is None or layer not in config.moe_layers:
@@ -85,20 +80,26 @@ def _kind(config: ModelConfig, layer: int) -> tuple[int, ...]:
     return pick(moe.num_experts, i), pick(moe.k, i), pick(moe.hidden, i)
 
 
-def _only(config: ModelConfig, layers: list[int]) -> ModelConfig:
-    """A model of these blocks alone."""
+def only(config: ModelConfig, layers: list[int]) -> ModelConfig:
+    """A model of these blocks alone, without Mixture-of-Depths."""
     moe, sparse = config.moe, config.moe_layers
     if moe is not None:
         rows = [sparse.index(layer) for layer in layers if layer in sparse]
-        moe = replace(
+        alone = replace(
             moe,
             layers=tuple(place for place, layer in enumerate(layers) if layer in sparse),
             num_experts=tuple(pick(moe.num_experts, i) for i in rows),
             k=tuple(pick(moe.k, i) for i in rows),
             hidden=tuple(pick(moe.hidden, i) for i in rows),
         )
+        moe = alone if rows else None
     hidden = tuple(pick(config.hidden, layer) for layer in layers)
-    return replace(config, num_layers=len(layers), hidden=hidden, sliding_window=None, moe=moe)
+    return replace(config, num_layers=len(layers), hidden=hidden, sliding_window=None, moe=moe, depth=None)
+
+
+def stored_elements(model: Decoder) -> int:
+    """Numbers a checkpoint of ``model`` holds: every parameter once, tied ones too, and buffers that are saved."""
+    return sum(tensor.numel() for tensor in {id(t): t for t in model.state_dict(keep_vars=True).values()}.values())
 
 
 def _count(model: Decoder, times: Counter[int]) -> ParameterCount:

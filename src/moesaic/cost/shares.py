@@ -1,0 +1,107 @@
+"""How many parameters every rank holds, part by part: stages, slices, experts of its slots, shards.
+
+>>> shares = Shares(config, parallel, layout)
+>>> shares.of(layout.coordinates(5), stage)       # Share(dense=..., experts=...)
+
+FSDP cuts as it does in ``parallel/apply.py``: dense parameters along dimension 0, those of experts along dimension 1 where it
+divides, in equal parts rounded up, so that the last ranks may hold less.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+from moesaic.cost.blocks import BlockShape, Part, blocks_of, ends_of
+from moesaic.cost.schedule import Stage
+from moesaic.layout import Axis, Layout, ParallelConfig
+from moesaic.models.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Share:
+    """Parameters of one rank.
+
+    Attributes:
+        dense, experts: numbers it holds, shards included.
+        gathered: numbers of the largest piece that FSDP makes whole at once; 0 without.
+    """
+
+    dense: int
+    experts: int
+    gathered: int = 0
+
+    @property
+    def total(self) -> int:
+        """Both kinds."""
+        return self.dense + self.experts
+
+    def __add__(self, other: Share) -> Share:
+        return Share(self.dense + other.dense, self.experts + other.experts, max(self.gathered, other.gathered))
+
+
+class Shares:
+    """Parameters by rank of one layout.
+
+    Attributes:
+        blocks: the model's.
+    """
+
+    def __init__(
+        self, model: ModelConfig, parallel: ParallelConfig, layout: Layout, blocks: tuple[BlockShape, ...] | None = None
+    ) -> None:
+        self.layout, self.parallel, self.tied = layout, parallel, model.tie_embeddings
+        self.blocks = blocks or blocks_of(model)
+        self.first, self.last = ends_of(model)
+        kinds: dict[int, int] = {}
+        self._kind = [kinds.setdefault(id(block), layer) for layer, block in enumerate(self.blocks)]
+        self._block = cache(lambda layer, *where: self._of_parts(self.blocks[layer].parts, *where))
+
+    def of(self, at: Mapping[Axis, int], stage: Stage, *, whole: bool = False) -> Share:
+        """Of one stage what the rank at these coordinates holds; ``whole`` before FSDP shards it."""
+        cut = self.parallel.fsdp and not whole
+        dp, edp = (at["dp"], at["edp"]) if cut else (None, None)
+        found = Share(0, 0)
+        ends = [*(self.first if stage.first else ()), *(self.last if stage.last else ())]
+        if self.tied and stage.first and stage.last:
+            ends = [part for part in ends if part.name != "head.weight"]
+        found += self._of_parts(tuple(ends), dp, edp, 0)
+        for layer in stage.layers:
+            block = self.blocks[layer]
+            found += self._block(self._kind[layer], dp, edp, self.slots(block, at["ep"]))
+        return found
+
+    def slots(self, block: BlockShape, ep: int) -> int:
+        """Expert slots of a place along ep: spread evenly, replicas included (``Placement.even``)."""
+        slots = block.experts + (self.parallel.replicas if block.experts else 0)
+        return (ep + 1) * slots // self.layout.ep - ep * slots // self.layout.ep
+
+    def _of_parts(self, parts: tuple[Part, ...], dp: int | None, edp: int | None, slots: int) -> Share:
+        counts = {"dense": 0, "experts": 0}
+        whole = 0
+        for part in parts:
+            shape = self.local_shape(part, slots)
+            over, index = ("dp", dp) if part.sharded_over == "dp" else ("edp", edp)
+            if index is not None and self.layout.size(over) > 1:  # type: ignore[arg-type]
+                whole += math.prod(shape)
+                shape = _shard(part, shape, self.layout.size(over), index)  # type: ignore[arg-type]
+            counts[part.kind] += math.prod(shape)
+        return Share(counts["dense"], counts["experts"], whole)
+
+    def local_shape(self, part: Part, slots: int) -> tuple[int, ...]:
+        """Of one parameter what stage, slots and slices leave."""
+        shape = list(part.shape)
+        if part.kind == "experts":
+            shape[0] = slots
+        if part.dim is not None and part.axis is not None:
+            shape[part.dim] //= self.layout.size(part.axis)
+        return tuple(shape)
+
+
+def _shard(part: Part, shape: tuple[int, ...], ranks: int, index: int) -> tuple[int, ...]:
+    dim = 1 if part.sharded_over == "edp" and len(shape) > 1 and shape[1] % ranks == 0 else 0
+    piece = -(-shape[dim] // ranks)
+    held = min((index + 1) * piece, shape[dim]) - min(index * piece, shape[dim])
+    return (*shape[:dim], held, *shape[dim + 1 :])
