@@ -212,7 +212,7 @@ class SoftPlan:
         G, S = self.dispatch_GTS.shape[0], self.dispatch_GTS.shape[2]
         x_GTD = x_TD.view(G, self.dispatch_GTS.shape[1], x_TD.shape[1])
         slots_GSD = self.dispatch_GTS.mT @ x_GTD.to(self.dispatch_GTS.dtype)
-        slots_EGPD = slots_GSD.view(G, self.num_experts, S // self.num_experts, -1).transpose(0, 1)
+        slots_EGPD = slots_GSD.view(G, self.num_experts, S // self.num_experts, x_TD.shape[1]).transpose(0, 1)
         return slots_EGPD.reshape(-1, x_TD.shape[1]).to(x_TD.dtype)
 
     def combine(self, y_ND: Tensor) -> Tensor:
