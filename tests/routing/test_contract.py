@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from moesaic.errors import ConfigError
 from moesaic.plan import RoutingPlan, SoftPlan, restrict
 from moesaic.plan.read import max_violation
-from moesaic.routing import ROUTERS, Outcome, TokenContext, build_router
+from moesaic.routing import ROUTERS, Outcome, StepStats, TokenContext, build_router
 from tests.routing.cases import CASES, DIM, Case, changed, decision, differs, rows_of, some_input
 
 TRIALS = 12
@@ -158,6 +158,37 @@ def test_teaches(case: Case) -> None:
     # Where every expert is chosen there is nobody else to reach.
     assert unchosen_reached == (router.facts.teaches == "all" and router.rows_per_token < case.experts)
     assert chosen_reached == (router.facts.teaches != "none")
+
+
+@every_router
+def test_reads_previous(case: Case) -> None:
+    """What the previous sparse layer's router said changes the plan exactly if stated."""
+    router, batch = case.build(), some_input()
+    plan = batch.route(router, previous=None)
+    if plan.gate is None:
+        assert not router.facts.reads_previous
+        return
+    again = batch.route(router, previous=plan.gate)
+    assert bool(differs(plan, again).any()) == router.facts.reads_previous
+
+
+@every_router
+def test_reads_loss(case: Case) -> None:
+    """The model's loss of every token changes the router's own losses, or what it remembers, exactly if stated."""
+    router = case.build()
+    plan = some_input().route(router)
+    E = router.num_experts
+    router.after_step(StepStats(torch.ones(E, dtype=torch.int64), 24, sums=router.statistics(plan)))  # a first step
+    before = {name: value.clone() for name, value in router.state_dict().items()}
+    said, kept = [], []
+    for loss_T in (torch.linspace(1, 2, 24), torch.linspace(2, 1, 24)):
+        outcome = Outcome(loss_T.to(torch.float64), num_layers=2)
+        said.append({name: value.detach() for name, value in router.own_losses(plan, outcome).items()})
+        router.load_state_dict(before)
+        router.observe(plan.detach(), outcome)
+        kept.append({name: value.clone() for name, value in router.state_dict().items()})
+    differ = any(not torch.equal(a[name], b[name]) for a, b in (said, kept) for name in a)
+    assert differ == router.facts.reads_loss
 
 
 @every_router

@@ -5,7 +5,7 @@ Legend: B batch, S positions, L keys held, D model width, V vocabulary, T = B * 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ class Decoder(nn.Module):
         self._windows = {config.window(layer) for layer in range(config.num_layers)}
         self.embedding = embedding
         self.blocks = nn.ModuleList(blocks)
+        self._layers = tuple(range(len(blocks)))
         self.norm = norm
         self.head = head
         if config.tie_embeddings:
@@ -87,7 +88,45 @@ class Decoder(nn.Module):
             last_only: logits of the last position alone, (B, 1, V): all that generation reads of a prompt. With a large
                 vocabulary the logits of a long one take more memory than the model's layers.
 
-        Raises ``MoesaicError`` if the input is longer than ``config.max_seq_len`` or ids are outside the vocabulary.
+        Raises ``MoesaicError`` if the input is longer than ``config.max_seq_len`` or ids are outside the vocabulary, and for a
+        model of which only some blocks are held (``keep``).
+        """
+        if len(self.blocks) != self.config.num_layers:
+            raise MoesaicError(
+                f"This model holds {len(self.blocks)} of its {self.config.num_layers} blocks, a part of a pipeline; run it "
+                "through the pipeline."
+            )
+        ids_BS, attention, tokens = self.read(
+            ids_BS,
+            valid_BS=valid_BS,
+            document_BS=document_BS,
+            task_BS=task_BS,
+            mixture_BSE=mixture_BSE,
+            tenant_BS=tenant_BS,
+            metadata=metadata,
+            cache=cache,
+            generator=generator,
+        )
+        x_BSD, plans, depth = self.through(self.embed(ids_BS), attention, tokens)
+        if last_only:
+            x_BSD = x_BSD[:, -1:]
+        return Output(self.predict(x_BSD), plans, cache, depth)
+
+    def read(
+        self,
+        ids_BS: Tensor,
+        *,
+        valid_BS: Tensor | None = None,
+        document_BS: Tensor | None = None,
+        task_BS: Tensor | None = None,
+        mixture_BSE: Tensor | None = None,
+        tenant_BS: Tensor | None = None,
+        metadata: Mapping[str, Tensor] | None = None,
+        cache: KVCache | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, AttentionContext, TokenContext]:
+        """What all blocks share of a batch, from the arguments of ``forward``: ids with padding at 0, positions and masks, and
+        what routers are told. Needs no parameter, so every stage of a pipeline makes it for itself.
         """
         B, S = ids_BS.shape
         if valid_BS is not None:
@@ -111,20 +150,59 @@ class Decoder(nn.Module):
             generator=generator,
             stay_local=self._stays_local(generator),
         )
-        x_BSD = F.embedding(ids_BS, self.embedding.weight).to(self.compute_dtype or self.embedding.weight.dtype)
+        return ids_BS, attention, tokens
+
+    def embed(self, ids_BS: Tensor) -> Tensor:
+        """(B, S, D) in the activation dtype."""
+        return F.embedding(ids_BS, self.embedding.weight).to(self.compute_dtype or self.embedding.weight.dtype)
+
+    def through(
+        self, x_BSD: Tensor, attention: AttentionContext, tokens: TokenContext, layers: Container[int] | None = None
+    ) -> tuple[Tensor, dict[int, RoutingPlan | SoftPlan], dict[int, RoutingPlan]]:
+        """(B, S, D) through the blocks, in their order, and the plans and depth plans of them by layer.
+
+        Args:
+            layers: only these of the blocks; None is all that are held.
+        """
         plans: dict[int, RoutingPlan | SoftPlan] = {}
         depth: dict[int, RoutingPlan] = {}
         previous: Gate | None = None
-        for layer, block in enumerate(self.blocks):
-            state = None if cache is None else cache.router_states.setdefault(layer, {})
+        for layer, block in self.layers():
+            if layers is not None and layer not in layers:
+                continue
+            state = None if attention.cache is None else attention.cache.router_states.setdefault(layer, {})
             x_BSD, plan, taken = block(x_BSD, attention, tokens.in_layer(previous, state))
             if plan is not None:
                 plans[layer], previous = plan, plan.gate
             if taken is not None:
                 depth[layer] = taken
-        if last_only:
-            x_BSD = x_BSD[:, -1:]
-        return Output(self.head(self.norm(x_BSD)), plans, cache, depth)
+        return x_BSD, plans, depth
+
+    def predict(self, x_BSD: Tensor) -> Tensor:
+        """Logits (B, S, V) of what came out of the last block."""
+        return self.head(self.norm(x_BSD))
+
+    def layers(self) -> Iterator[tuple[int, Block]]:
+        """The blocks that are held, in order, with their index in the whole model."""
+        yield from zip(self._layers, self.blocks, strict=True)  # type: ignore[misc]
+
+    def keep(self, layers: Collection[int], *, embedding: bool, head: bool) -> None:
+        """Drop all other blocks, and the embedding, or norm and head, where not kept; what stays keeps its name.
+
+        A tied head keeps the embedding it shares its matrix with. Such a model computes in parts (``read``, ``embed``,
+        ``through``, ``predict``), never whole.
+        """
+        for layer in self._layers:
+            if layer not in layers:
+                delattr(self.blocks, str(layer))  # not ``del blocks[i]``, which would number the rest anew
+        self._layers = tuple(layer for layer in self._layers if layer in layers)
+        self._windows = {self.config.window(layer) for layer in layers}
+        if self.compute_dtype is None:
+            self.compute_dtype = self.embedding.weight.dtype  # which a part may not have to look at
+        if not head:
+            del self.norm, self.head
+        if not embedding and not (head and self.config.tie_embeddings):
+            del self.embedding
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
         """An empty key/value cache for ``batch`` rows of up to ``max_len`` positions, padding included."""
@@ -137,11 +215,11 @@ class Decoder(nn.Module):
 
     def moe_layers(self) -> dict[int, MoE]:
         """Sparse layers by block index."""
-        return {i: block.ffn for i, block in enumerate(self.blocks) if isinstance(block.ffn, MoE)}  # type: ignore[misc]
+        return {i: block.ffn for i, block in self.layers() if isinstance(block.ffn, MoE)}
 
     def depth_routers(self) -> dict[int, DepthRouter]:
         """Depth routers of Mixture-of-Depths blocks by block index."""
-        return {i: block.depth for i, block in enumerate(self.blocks) if isinstance(block, DepthBlock)}
+        return {i: block.depth for i, block in self.layers() if isinstance(block, DepthBlock)}
 
     def _stays_local(self, generator: torch.Generator | None) -> bool | None:
         """One draw of gating dropout for all layers: only then does a step really go without the exchange."""

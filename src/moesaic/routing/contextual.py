@@ -222,7 +222,7 @@ class Recurrent(ContextRouter):
     behind a router of another kind, starts from zeros. Gradients flow through all layers' states, as in the paper.
     """
 
-    facts = replace(ContextRouter.facts, source="Qiu et al. 2024 (RMoE)")
+    facts = replace(ContextRouter.facts, reads_previous=True, source="Qiu et al. 2024 (RMoE)")
 
     def __init__(
         self,

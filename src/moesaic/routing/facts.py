@@ -31,6 +31,8 @@ class Facts:
         has_load_estimate: plans carry ``gate.load_probs_TE``, which the "load" loss needs.
         teaches: which experts' scores the task loss gives a gradient: "all", the "chosen" (and whom it normalised them with),
             "estimated" (a stochastic estimator) or "none".
+        reads_previous: whether it reads the gate of the previous sparse layer.
+        reads_loss: whether its own losses or its memory need the model's loss of every token.
         inference: how evaluation routes: the "same" way, the same with "noise off", or by an "other rule".
         inference_rule: that other rule, in words.
         infer_causal, infer_batch_invariant: the first two facts in evaluation; None means as in training.
@@ -48,6 +50,8 @@ class Facts:
     has_gate: bool = True
     has_load_estimate: bool = False
     teaches: Teaches = "chosen"
+    reads_previous: bool = False
+    reads_loss: bool = False
     inference: Inference = "same"
     inference_rule: str = ""
     infer_causal: bool | None = None
