@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.data.packing import IGNORE
+from moesaic.plan.plan import at_least_fp32
 
 CACHED = 1 << 20  # bytes of fp32 logits per CPU thread; 0.25 to 8 MiB differ little
 LAUNCHED = 64 << 20  # the same on other devices, where small blocks would wait for their launches
 
 
 def cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
-    """fp32 (T,), nats: ``-log softmax(logits)[target]`` of each row, computed in fp32; 0 where the target is ``IGNORE``."""
+    """At least fp32 (T,), nats: ``-log softmax(logits)[target]`` of each row, computed in that; 0 where the target is ``IGNORE``."""
     losses_T: Tensor = _CrossEntropy.apply(logits_TV, targets_T)
     return losses_T
 
@@ -37,10 +38,10 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None]:
         logits_TV, targets_T = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody wants second derivatives: in one differentiable piece
-            chosen_TV = torch.zeros_like(logits_TV, dtype=torch.float32)
+            chosen_TV = torch.zeros_like(at_least_fp32(logits_TV))
             chosen_TV.scatter_(1, targets_T.clamp(min=0)[:, None], 1.0)
             weight_T1 = torch.where(targets_T == IGNORE, 0.0, grad_T)[:, None]
-            return ((logits_TV.float().softmax(dim=1) - chosen_TV) * weight_T1).to(logits_TV.dtype), None
+            return ((at_least_fp32(logits_TV).softmax(dim=1) - chosen_TV) * weight_T1).to(logits_TV.dtype), None
         grad_TV, rows = torch.empty_like(logits_TV), _rows(logits_TV)
         tensors = (logits_TV, targets_T, grad_T, grad_TV)
         for logits_BV, targets_B, grad_B, out_BV in zip(*(t.split(rows) for t in tensors), strict=True):
@@ -49,7 +50,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _block(logits_BV: Tensor, targets_B: Tensor) -> Tensor:
-    return F.cross_entropy(logits_BV.float(), targets_B, ignore_index=IGNORE, reduction="none")
+    return F.cross_entropy(at_least_fp32(logits_BV), targets_B, ignore_index=IGNORE, reduction="none")
 
 
 def _block_gradient(logits_BV: Tensor, targets_B: Tensor, grad_B: Tensor) -> Tensor:

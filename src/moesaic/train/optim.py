@@ -50,7 +50,7 @@ class OptimConfig:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Every trained parameter in exactly one of two groups, by what it is and not by its name or shape alone.
+    """Every trained parameter in exactly one group of one of two kinds, by what it is and not by its name or shape alone.
 
     "decay": matrices of attention, feed-forward networks, experts and an untied head. "no_decay": embeddings (a tied head
     with them), norm gains, biases, and everything in a router (its scale is governed by the z-loss; fieldguide 2.15).
@@ -63,14 +63,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
             plain.update(id(bias) for bias in (module.b_in, module.b_out) if bias is not None)
         if isinstance(module, Router):
             plain.update(id(p) for p in module.parameters())
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    # One operation updates a group, and knows one kind of tensor: whole ones, or those that FSDP sharded over one mesh.
+    groups: dict[tuple[bool, object], list[nn.Parameter]] = {(True, None): [], (False, None): []}
     for name, parameter in model.named_parameters():  # shared parameters come once
         if parameter.requires_grad:
             matrix = parameter.dim() >= 2 and id(parameter) not in plain and not name.endswith("constant_v")
-            groups[matrix].append(parameter)
+            groups.setdefault((matrix, getattr(parameter, "device_mesh", None)), []).append(parameter)
     return [
-        {"name": "decay", "params": groups[True], "weight_decay": weight_decay},
-        {"name": "no_decay", "params": groups[False], "weight_decay": 0.0},
+        {"name": "decay", "params": held, "weight_decay": weight_decay}
+        if matrix
+        else {"name": "no_decay", "params": held, "weight_decay": 0.0}
+        for (matrix, _), held in groups.items()
     ]
 
 

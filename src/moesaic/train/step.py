@@ -11,6 +11,7 @@ sums over all ranks over counts over all ranks, so gradients are plain sums, and
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -138,7 +139,7 @@ class StepLosses:
 
     def outcome(self, plans: Mapping[int, RoutingPlan | SoftPlan], layer: int, token_loss_T: Tensor) -> Outcome:
         """See ``outcome_of``."""
-        return outcome_of(plans, layer, token_loss_T)
+        return replace(outcome_of(plans, layer, token_loss_T), peers=self.peers)
 
     def _balance(self, plans: Plans, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """Weighted balancing losses averaged over layers, and each one's unweighted mean."""
