@@ -16,10 +16,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moesaic.data.split import TokenView
+from moesaic.data.split import Ints, TokenView
 from moesaic.errors import CheckpointError, ConfigError, DataError
 
 IGNORE = -100  # the target that torch's cross entropy leaves out
@@ -83,41 +84,42 @@ class PackedRows:
         at_BS1 = place_BS1 - self._first_D[document_BS1] + self.view.start_D[document_BS1]
         id_BS1 = np.where(valid_BS1, self.view.tokens[at_BS1].astype(np.int64), 0)
 
-        known_BS = valid_BS1[:, 1:] & (document_BS1[:, 1:] == document_BS1[:, :-1])
-        valid_BS = valid_BS1[:, :-1]
-        within_BS = document_BS1[:, :-1] - document_BS1[:, :1] + ~valid_BS
-        label_BS = np.where(valid_BS, self.view.label_D[document_BS1[:, :-1]], -1)
-        return Batch(
-            ids_BS=torch.from_numpy(np.ascontiguousarray(id_BS1[:, :-1])),
-            targets_BS=torch.from_numpy(np.where(known_BS, id_BS1[:, 1:], IGNORE)),
-            valid_BS=torch.from_numpy(np.ascontiguousarray(valid_BS)),
-            document_BS=torch.from_numpy(within_BS),
-            label_BS=torch.from_numpy(label_BS),
-        )
+        label_BS = np.where(valid_BS1[:, :-1], self.view.label_D[document_BS1[:, :-1]], -1)
+        return pack_batch(id_BS1, document_BS1, label_BS, valid_BS1)
+
+
+def pack_batch(id_BS1: Ints, document_BS1: Ints, label_BS: Ints, valid_BS1: npt.NDArray[np.bool_]) -> Batch:
+    """The batch of rows of S + 1 consecutive tokens each, the last of which is only a target.
+
+    id_BS1: 0 where not valid. document_BS1: a number per document that does not fall along a row. valid_BS1: False at
+    padding, on the right of a row. label_BS: as in ``Batch``.
+    """
+    known_BS = valid_BS1[:, 1:] & (document_BS1[:, 1:] == document_BS1[:, :-1])
+    valid_BS = valid_BS1[:, :-1]
+    return Batch(
+        ids_BS=torch.from_numpy(np.ascontiguousarray(id_BS1[:, :-1])),
+        targets_BS=torch.from_numpy(np.where(known_BS, id_BS1[:, 1:], IGNORE)),
+        valid_BS=torch.from_numpy(np.ascontiguousarray(valid_BS)),
+        document_BS=torch.from_numpy(document_BS1[:, :-1] - document_BS1[:, :1] + ~valid_BS),
+        label_BS=torch.from_numpy(label_BS),
+    )
 
 
 class RowSampler:
     """The endless order of rows: each epoch is a fresh permutation, and what comes next depends on (seed, position) only.
 
-    ``batch_size`` counts the rows of all ranks together; each rank gets its own equal part of them, so a run may go on
-    with another ``world_size``. A batch that reaches the end of an epoch goes on in the next, so no row is left out,
-    and there may be fewer rows than the batch holds.
+    ``batch_size`` counts the rows of all processes together (``data.feed`` divides them). A batch that reaches the end of
+    an epoch goes on in the next, so no row is left out, and there may be fewer rows than the batch holds.
     Raises ConfigError for sizes that cannot be.
     """
 
-    def __init__(self, num_rows: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, num_rows: int, batch_size: int, seed: int) -> None:
         if num_rows < 1 or batch_size < 1:
             raise ConfigError(f"Rows ({num_rows}) and batch_size ({batch_size}) must both be at least 1.")
-        if world_size < 1 or not 0 <= rank < world_size:
-            raise ConfigError(f"rank is {rank}, but it must lie in 0..{world_size - 1} (world_size {world_size}).")
-        if batch_size % world_size:
-            raise ConfigError(f"batch_size is {batch_size}, but it must be a multiple of the {world_size} processes.")
         self._num_rows = num_rows
         self._batch_size = batch_size
         self._seed = seed
-        self._rank = rank
-        self._world_size = world_size
-        self._position = 0  # rows drawn so far by all ranks together
+        self._position = 0  # rows drawn so far
         self._epoch_held = -1
         self._order = torch.empty(0, dtype=torch.int64)
 
@@ -136,10 +138,9 @@ class RowSampler:
         return self._order
 
     def next(self) -> Tensor:
-        """This rank's row numbers for the next step, (batch_size / world_size,) int64."""
-        share = self._batch_size // self._world_size
+        """The row numbers of the next step, (batch_size,) int64."""
         parts: list[Tensor] = []
-        start, missing = self._position + self._rank * share, share
+        start, missing = self._position, self._batch_size
         while missing:
             epoch, offset = divmod(start, self._num_rows)
             part = self._order_of(epoch)[offset : offset + missing]

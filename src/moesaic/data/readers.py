@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from moesaic.data.formats import Found, is_saved_dataset, parse_dataset, parse_json_lines, parse_parquet, parse_text
+from moesaic.data.formats import JSON_LINES, Found, Reading, read_file
+from moesaic.data.hub import is_saved_dataset, parse_dataset
 from moesaic.errors import ConfigError, DataError, nearest
 
 LabelBy = Literal["stem", "folder", "none", "auto"]
 
-JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".json")
 # What a folder is searched for. A file named outright is read whatever its suffix.
 PLAIN_TEXT = (
     *(".txt", ".text", ".txt.gz", ".md", ".rst", ".tex", ".org", ".adoc", ".html", ".htm", ".log", ".srt"),
@@ -114,7 +114,7 @@ def read_documents(
 
     def found() -> Iterator[Document | DataError]:
         for place, label in zip(places, labels, strict=True):
-            for row in _parse(place, text_field, label_field, document):
+            for row in _parse(place, Reading(text_field, label_field, document)):
                 if isinstance(row, DataError):
                     yield row
                 elif row.text.strip():
@@ -128,19 +128,10 @@ def _check_option(name: str, value: str, choices: Sequence[str]) -> None:
         raise ConfigError(f'{name} is "{value}", but it must be one of {", ".join(choices)}.{nearest(value, choices)}')
 
 
-def _parse(
-    place: str, text_field: str, label_field: str | None, document: Literal["file", "paragraphs"]
-) -> Iterator[Found]:
-    path = Path(place)
-    if place.startswith("hf://"):
-        return parse_dataset(place.removeprefix("hf://"), text_field, label_field)
-    if path.is_dir():
-        return parse_dataset(place, text_field, label_field)
-    if path.suffix == ".parquet":
-        return parse_parquet(path, text_field, label_field)
-    if path.name.endswith(JSON_LINES):
-        return parse_json_lines(path, text_field, label_field)
-    return parse_text(path, document)
+def _parse(place: str, how: Reading) -> Iterator[Found]:
+    if place.startswith("hf://") or os.path.isdir(place):
+        return parse_dataset(place.removeprefix("hf://"), how.text_field, how.label_field)
+    return read_file(place, lambda: open(place, "rb"), how)
 
 
 def resolve(sources: Sequence[str]) -> list[str]:

@@ -35,6 +35,10 @@ class TokenView:
         """Tokens of all documents together, end-of-text tokens included."""
         return int((self.end_D - self.start_D).sum())
 
+    def sample(self) -> TokenView:
+        """Text to make tables from: all of it (a ``TokenStream`` gives its beginning)."""
+        return self
+
     def document(self, index: int) -> npt.NDArray[Any]:
         """The ids of one document, the end-of-text token last."""
         return self.tokens[self.start_D[index] : self.end_D[index]]
