@@ -65,7 +65,7 @@ def save_snapshot(
         raise CheckpointError(f"keep_last is {keep_last}; at least 1 snapshot must be kept.")
     parent = Path(run_folder) / "checkpoints"
     sweep(parent)
-    serial = max((_serial(folder) for folder in _newest_first(parent)), default=0) + 1
+    serial = next_serial(parent)
     tensors: dict[str, torch.Tensor] = {}
     training = {
         "version": VERSION,
@@ -73,7 +73,7 @@ def save_snapshot(
         "best": is_best,
         "step": step,
         "optimizer": pack_optimizer(model, optimizer, tensors),
-        "state": _checked_state(state),
+        "state": checked_state(state),
     }
     tensors |= _random_states()
     final = parent / f"step-{step:08d}"
@@ -81,10 +81,7 @@ def save_snapshot(
         fill_model_folder(partial, model, tokenizer, {"training.json": training})
         write_tensors(tensors, partial, "training", max_shard_bytes=2**62)
     verify_folder(final)
-    atomic_file(parent / "latest", final.name + "\n")
-    if is_best:
-        atomic_file(parent / "best", final.name + "\n")
-    _purge(parent, final, keep_last)
+    take_over(final, is_best, keep_last)
     return final
 
 
@@ -180,7 +177,9 @@ def _set_random_states(tensors: dict[str, torch.Tensor]) -> None:
         )
 
 
-def _checked_state(state: dict[str, Any]) -> dict[str, Any]:
+def checked_state(state: dict[str, Any]) -> dict[str, Any]:
+    """``state`` if it is JSON that comes back the same; ``TypeError`` says what in it is not."""
+
     def check(value: Any, where: str) -> None:
         if isinstance(value, dict):
             for key, inner in value.items():
@@ -196,7 +195,7 @@ def _checked_state(state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def _newest_first(parent: Path) -> list[Path]:
+def newest_first(parent: Path) -> list[Path]:
     """Every snapshot folder, whole or not; one whose serial cannot be read counts as newest, so that it is reported."""
     try:
         children = list(parent.iterdir())
@@ -206,6 +205,20 @@ def _newest_first(parent: Path) -> list[Path]:
     names |= {match[1] for p in children if (match := _HIDDEN.fullmatch(p.name))}
     folders = [settle(parent / name) for name in names]
     return sorted(folders, key=lambda f: (_serial(f) or 2**62, f.name), reverse=True)
+
+
+def next_serial(parent: Path) -> int:
+    """A number above that of every snapshot in ``parent``."""
+    return max((_serial(folder) for folder in newest_first(parent)), default=0) + 1
+
+
+def take_over(final: Path, is_best: bool, keep_last: int) -> None:
+    """Let the pointers name the new snapshot ``final`` and delete those that ``keep_last`` has no room for."""
+    parent = final.parent
+    atomic_file(parent / "latest", final.name + "\n")
+    if is_best:
+        atomic_file(parent / "best", final.name + "\n")
+    _purge(parent, final, keep_last)
 
 
 def _serial(folder: Path) -> int:
@@ -221,7 +234,7 @@ def _training(folder: Path) -> dict[str, Any]:
 
 
 def _verified(parent: Path, only_best: bool) -> Iterator[Path]:
-    for folder in _newest_first(parent):
+    for folder in newest_first(parent):
         if only_best and _training(folder).get("best") is not True:
             continue
         try:
@@ -234,7 +247,7 @@ def _verified(parent: Path, only_best: bool) -> Iterator[Path]:
 
 def _purge(parent: Path, new: Path, keep_last: int) -> None:
     kept, best = 0, False
-    for folder in _newest_first(parent):
+    for folder in newest_first(parent):
         try:
             verify_folder(folder, quick=True)
         except CheckpointError:
