@@ -5,7 +5,7 @@
 | 1 stages | keep this rank's blocks | nothing below need look at blocks that are not here |
 | 2 experts | keep this rank's slots; dispatchers become exchanges | slots are rows of whole tensors |
 | 3 slices | attention, feed-forward, expert widths | cuts what step 2 left |
-| 4 recomputation | around attention and dispatchers | runs steps 2 and 3 again in the backward, never the router |
+| 4 recomputation | around attention and dispatchers | runs step 2 again in the backward, never the router |
 | 5 compilation | of attention and dense feed-forward modules | sees plain tensors of their final shape |
 | 6 FSDP | shards what is left over dp (experts: edp) | wraps modules whose forward is final |
 
@@ -30,6 +30,7 @@ from moesaic.parallel.exchange import FlatPath, TwoLevelPath
 from moesaic.parallel.experts import keep_slots, stack_name, stack_of
 from moesaic.parallel.gradients import gradient_norm, sum_gradients
 from moesaic.parallel.held import Held, Kind, keep, whole
+from moesaic.parallel.tensor import slice_dispatch, slice_model
 from moesaic.parallel.world import World
 from moesaic.plan.peers import Peers
 from moesaic.plan.placement import Placement
@@ -107,8 +108,10 @@ def apply(
     for layer in model.moe_layers().values():
         layer.peers = world.peers
     _place_experts(spread, placements or {})
+    slice_model(model, world["tp"], world["etp"], spread.held)
     if recompute is not None:
         recompute(model)
+    slice_dispatch(model, world["tp"], world["etp"])
     if config.compile:
         _compile(model)
     if config.fsdp:

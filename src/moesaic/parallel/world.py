@@ -42,7 +42,7 @@ class World:
         self._handles: dict[tuple[int, ...], Any] = {}
         self._groups = {axis: self._make(axis, layout.groups(axis)) for axis in AXES}
         self.everyone = self._make("all", (tuple(range(layout.world)),))
-        self.peers = Peers(count=layout.dp, total=self._total, most=self._most)
+        self.peers = Peers(layout.dp, self._total, self._most, self["dp"].index)
         self.two_levels = None if ranks_per_node is None else self._levels(ranks_per_node)
 
     def __getitem__(self, axis: Axis) -> Group:
