@@ -27,10 +27,11 @@ from moesaic.ops.grouped import Backend
 from moesaic.plan.capacity import CapacityRule
 from moesaic.plan.edit import restrict
 from moesaic.plan.lift import lift, lower
+from moesaic.plan.peers import ALONE, Peers
 from moesaic.plan.plan import RoutingPlan, SoftPlan
 from moesaic.routing import NO_CONTEXT, Router, RuleSet, StepStats, TokenContext, build_router
 from moesaic.routing.balance import PrototypeMemory
-from moesaic.routing.dropout import falls_on, keep_local, mask_whole_experts
+from moesaic.routing.dropout import agreed, falls_on, keep_local, mask_whole_experts
 
 Edit = Callable[[Any], Any]  # plan -> plan
 
@@ -63,6 +64,8 @@ class MoE(nn.Module):
         evidence: what losses want kept in ``plan.gate.extra`` in training: "input_TD" (the router's input, with its graph),
             "free_logits_TE" (logits before rules).
         memory: prototypes remembered between steps, for the loss "prototype" with an EMA.
+        peers: who holds the other parts of the batch this layer is given a part of; set from outside. What is about the whole
+            batch (capacity, its groups, draws for all tokens alike) is then asked of all, in every forward.
     """
 
     def __init__(
@@ -142,6 +145,7 @@ class MoE(nn.Module):
         self.rules = rules
         self.edits: tuple[Edit, ...] = ()
         self.dispatcher: Dispatcher = dispatch_local
+        self.peers: Peers = ALONE
 
     @property
     def rules(self) -> RuleSet | None:
@@ -217,7 +221,13 @@ class MoE(nn.Module):
             k = self.router.k if self.router.facts.varies else None  # adaptive routers own more rows than they use
             factor = None if self.adapted is None or not self.training else self.adapted.in_use()
             plan = self.capacity.apply(
-                plan, self.training, k=k, num_special=self.num_special, factor=factor, generator=ctx.generator
+                plan,
+                self.training,
+                k=k,
+                num_special=self.num_special,
+                factor=factor,
+                generator=ctx.generator,
+                peers=self.peers,
             )
         for edit in self.edits:
             plan = edit(plan) if ctx.part is None else lower(edit(lift(plan, ctx.part)), ctx.part)
@@ -230,10 +240,10 @@ class MoE(nn.Module):
         T, E, k, device = len(x_TD), self.router.num_experts, self.router.k, x_TD.device
         if self.gating_dropout:
             local = falls_on(self.gating_dropout, ctx.generator) if ctx.stay_local is None else ctx.stay_local
-            if local:
-                ctx = keep_local(ctx, T, E, k, self.gating_groups, device)
+            if agreed(local, device, self.peers):
+                ctx = keep_local(ctx, T, E, k, self.gating_groups, device, self.peers)
         if self.expert_masking:
-            ctx = mask_whole_experts(ctx, T, E, k, self.expert_masking, device)
+            ctx = mask_whole_experts(ctx, T, E, k, self.expert_masking, device, self.peers)
         if not self.evidence and self.memory is None:
             return ctx
         kept = {} if self.memory is None else self.memory.recall()
@@ -242,8 +252,8 @@ class MoE(nn.Module):
         return replace(ctx, evidence={**(ctx.evidence or {}), **kept})
 
     def statistics(self, plan: RoutingPlan | SoftPlan) -> dict[str, Tensor]:
-        """What ``after_step`` must know of this forward besides counts; adds up over micro-batches and ranks."""
-        mine = {} if self.memory is None else self.memory.statistics(plan)
+        """What ``after_step`` must know of this forward besides counts; adds up over micro-batches and their parts."""
+        mine = {} if self.memory is None else self.memory.statistics(plan, self.peers)
         return {**self.router.statistics(plan), **mine}
 
     def after_step(self, stats: StepStats) -> None:

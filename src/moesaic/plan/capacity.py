@@ -13,22 +13,19 @@ Legend: T tokens, N rows, E experts, K rows per token.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
 from moesaic.errors import ConfigError, one_of
-from moesaic.plan.overflow import (
-    BatchScore,
-    Overflow,
-    Priority,
-    drop_over_capacity,
-    fullest,
-    renormalized,
-)
+from moesaic.plan.overflow import BatchScore, Overflow, Priority, fullest, renormalized, seat_rows
+from moesaic.plan.peers import ALONE, Peers
 from moesaic.plan.plan import RoutingPlan
+from moesaic.plan.whole import PartSizes, part_sizes, whole_plan
 
 Rounding = Literal["ceil", "floor", "round"]
 
@@ -86,7 +83,8 @@ class CapacityRule:
         priority, batch_score: who goes first, see ``plan/overflow.py``.
         overflow: what happens to the others, see there.
         fallback_expert: the catch-all expert of ``overflow="fallback_expert"``.
-        groups: routing groups of equal size (GShard); each group has its own slots.
+        groups: routing groups of equal size (GShard) of the whole micro-batch; each group has its own slots. Processes that
+            share the micro-batch hold equally many of them.
         renormalize: rescale a token's surviving weights to their sum before the drop.
         tau: slots of a feed-forward expert over those of a zero-computation one (MoE++: 0.75), see ``split_slots``; None
             gives all experts the same.
@@ -216,56 +214,87 @@ class CapacityRule:
         num_special: int = 0,
         factor: float | None = None,
         generator: torch.Generator | None = None,
+        peers: Peers = ALONE,
     ) -> RoutingPlan:
         """Drop what this rule does not let through. Padding neither takes slots nor counts towards T.
 
-        With padding (and with factor "exact") slots depend on a number that a GPU must be waited for.
+        With padding (and with factor "exact", and with ``peers``) slots depend on a number that a GPU must be waited for.
 
         Args:
             k: experts a token uses on average; None is the rows it owns, of which adaptive routers leave many empty.
             num_special: the last so many experts are zero-computation ones, to which ``tau`` gives more room.
             factor: an adapted one, in training.
             generator: of priority "random".
-        """
-        if (self.factor if training else self.eval_factor) == "exact" and self.max_factor is None:
-            return plan
-        num_valid = plan.num_tokens if plan.valid_T is None else int(plan.valid_T.sum())
-        if k is None:
-            k = plan.per_token or max(1, round(plan.num_rows / max(plan.num_tokens, 1)))
-        group = math.ceil(num_valid / self.groups)
-        if self.tau is not None and num_special:
-            split = self.split_slots(group, k, plan.num_experts, num_special, training, factor)
-            if split is None:
-                return plan
-            return self._drop_by_kind(plan, split, plan.num_experts - num_special, generator)
-        needed = fullest(plan, self.groups) if training and self.factor == "exact" else None
-        slots = self.slots(group, k, plan.num_experts, training, factor=factor, needed=needed)
-        if slots is None:
-            return plan
-        return drop_over_capacity(
-            plan,
-            slots,
-            priority=self.priority,
-            overflow=self.overflow,
-            fallback_expert=self.fallback_expert,
-            groups=self.groups,
-            renormalize=self.renormalize,
-            batch_score=self.batch_score,
-            generator=generator,
-        )
+            peers: who holds the other parts of the micro-batch, where the plan is that of a part. Slots are those of the whole;
+                each part decides about its own groups or, where padding makes a group lie in two parts, about all rows of all
+                parts. Only "random" priority then keeps other rows than one process would.
 
-    def _drop_by_kind(
-        self, plan: RoutingPlan, slots: tuple[int, int], num_true: int, generator: torch.Generator | None
-    ) -> RoutingPlan:
-        # Dropped rows go nowhere, so no expert's queue depends on another's: each kind can be read off a drop of its own.
-        drop = partial(
-            drop_over_capacity,
-            plan,
-            priority=self.priority,
-            groups=self.groups,
-            batch_score=self.batch_score,
-            generator=generator,
-        )
-        true, special = (drop(slots=c) for c in slots)
-        expert_N = torch.where(plan.expert_N < num_true, true.expert_N, special.expert_N)
+        Raises ``ConfigError`` for ``groups`` of which the parts cannot hold equally many.
+        """
+        own = self.factor if training else self.eval_factor
+        if own is None or (own == "exact" and self.max_factor is None):
+            return plan
+        decide = partial(self._seats, training=training, k=k, num_special=num_special, factor=factor)
+        if peers.count == 1:
+            expert_N = decide(plan, generator=generator)
+        elif self.groups % peers.count:
+            raise ConfigError(
+                f"capacity.groups={self.groups} cannot be shared equally by {peers.count} data-parallel ranks, so a group would "
+                f"lie on two of them; set capacity.groups to a multiple of {peers.count}."
+            )
+        else:
+            expert_N = self._seats_of_part(plan, peers, decide, generator)
         return plan.send(expert_N, renormalized(plan, expert_N) if self.renormalize else None)
+
+    def _seats_of_part(
+        self, plan: RoutingPlan, peers: Peers, decide: Callable[..., Tensor], generator: torch.Generator | None
+    ) -> Tensor:
+        sizes = part_sizes(plan, peers)
+        if len(set(sizes.valid)) == 1:
+            return decide(plan, generator=generator, peers=peers, sizes=sizes)
+        if self.priority == "random":  # all decide about all rows, so all must draw alike
+            device = plan.token_N.device if generator is None else generator.device
+            seed = peers.first(torch.randint(2**62, (), generator=generator, device=device).to(plan.token_N.device))
+            generator = torch.Generator().manual_seed(int(seed))
+        scores = self.priority == "batch" or self.overflow == "next_best"
+        whole, mine = whole_plan(plan, sizes, peers, scores=scores)
+        return decide(whole, generator=generator)[mine]
+
+    def _seats(
+        self,
+        plan: RoutingPlan,
+        *,
+        training: bool,
+        k: int | None,
+        num_special: int,
+        factor: float | None,
+        generator: torch.Generator | None,
+        peers: Peers = ALONE,
+        sizes: PartSizes | None = None,
+    ) -> Tensor:
+        """int64 (N,): where each row finds a place. With ``sizes`` the plan is a part that has groups of its own."""
+        if sizes is None:
+            num_valid = plan.num_tokens if plan.valid_T is None else int(plan.valid_T.sum())
+            rows, tokens = plan.num_rows, plan.num_tokens
+        else:
+            num_valid, rows, tokens = sum(sizes.valid), sum(sizes.rows), sum(sizes.tokens)
+        if k is None:
+            k = plan.per_token or max(1, round(rows / max(tokens, 1)))
+        size, groups = math.ceil(num_valid / self.groups), self.groups // peers.count
+        seat = partial(
+            seat_rows, plan, priority=self.priority, groups=groups, batch_score=self.batch_score, generator=generator
+        )
+        if self.tau is not None and num_special:
+            split = self.split_slots(size, k, plan.num_experts, num_special, training, factor)
+            assert split is not None
+            # Dropped rows go nowhere, so no expert's queue depends on another's: each kind can be read off seats of its own.
+            true_N, special_N = (seat(slots=c) for c in split)
+            return torch.where(plan.expert_N < plan.num_experts - num_special, true_N, special_N)
+        needed = None
+        if training and self.factor == "exact":
+            needed = fullest(plan, groups)
+            if peers.count > 1:
+                needed = int(peers.most(torch.tensor(needed, device=plan.token_N.device)))
+        slots = self.slots(size, k, plan.num_experts, training, factor=factor, needed=needed)
+        assert slots is not None
+        return seat(slots=slots, overflow=self.overflow, fallback_expert=self.fallback_expert)

@@ -60,6 +60,31 @@ def drop_over_capacity(
 
     Raises ``ConfigError`` where the plan lacks what the policy needs.
     """
+    expert_N = seat_rows(
+        plan,
+        slots,
+        priority=priority,
+        overflow=overflow,
+        fallback_expert=fallback_expert,
+        groups=groups,
+        batch_score=batch_score,
+        generator=generator,
+    )
+    return plan.send(expert_N, renormalized(plan, expert_N) if renormalize else None)
+
+
+def seat_rows(
+    plan: RoutingPlan,
+    slots: int,
+    *,
+    priority: Priority = "position",
+    overflow: Overflow = "residual",
+    fallback_expert: int | None = None,
+    groups: int = 1,
+    batch_score: BatchScore = "max",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """int64 (N,): the expert at which each row finds a place; the decision behind ``drop_over_capacity``."""
     E = plan.num_experts
     one_of("priority", priority, get_args(Priority))
     one_of("overflow", overflow, get_args(Overflow))
@@ -79,10 +104,7 @@ def drop_over_capacity(
         expert_N = _offer_next_best(plan, expert_N, lost_N, group_N, order_N, slots)
     elif overflow == "reroute_to_free":
         expert_N = _fill_free_slots(plan, expert_N, lost_N, group_N, order_N, slots, groups)
-    weight_N = plan.weight_N
-    if renormalize:
-        weight_N = renormalized(plan, expert_N)
-    return plan.send(expert_N, weight_N)
+    return expert_N
 
 
 def fullest(plan: RoutingPlan, groups: int = 1) -> int:

@@ -55,8 +55,8 @@ class Peers:
         return self.total(x.detach() if self.index == 0 else torch.zeros_like(x))
 
     def pooled(self, x: Tensor) -> Tensor:
-        """``total`` of what every part then makes terms of its own from, which are summed in turn (a mean vector that each token
-        is compared with). A part's share acts on the terms of all parts, so here the gradient is theirs too: it is summed in
+        """``total`` of what every part then makes terms of its own from, to be summed in turn (a mean vector that each token is
+        compared with). A part's share acts on the terms of all parts, so here the gradient is theirs too: it is summed in
         backward, which all parts must come to.
         """
         if self.count == 1:

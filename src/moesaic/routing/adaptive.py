@@ -181,7 +181,7 @@ class Budget(AdaptiveRouter):
     def own_losses(self, plan: RoutingPlan | SoftPlan, outcome: Outcome) -> dict[str, Tensor]:
         """What the experts used cost, or the square of the distance to the target."""
         assert plan.gate is not None
-        mean = mean_over(plan.gate.extra["count_T"], plan.valid_T)
+        mean = mean_over(plan.gate.extra["count_T"], plan.valid_T, outcome.peers)
         price = mean if self.target is None else (mean - self.target).square()
         return {"budget": self.cost_of_one * price / outcome.num_layers}
 

@@ -139,7 +139,8 @@ class DepthRouter(Router):
         loss_T = F.binary_cross_entropy_with_logits(plan.gate.extra["predicted_T"], wanted_T, reduction="none")
         if plan.valid_T is not None:
             loss_T = torch.where(plan.valid_T, loss_T, 0.0)
-        mean = loss_T.sum() / plan.num_valid.clamp(min=1)
+        total = outcome.peers.total
+        mean = total(loss_T.sum()) / total(plan.num_valid).clamp(min=1)
         return {"depth_predictor": self.predictor_loss * mean / outcome.num_layers}
 
     def _predict(self, x_TD: Tensor) -> Tensor:

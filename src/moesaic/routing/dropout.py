@@ -11,7 +11,8 @@ experts. Both are off in evaluation. A third thing of a similar name, dropout *i
 taking experts out of a trained model is knockout (``lens``).
 
 Rules stay: a token to which they and the draw together leave fewer than k experts (and fewer than rules alone) keeps all that
-its rules permit. Draws come from ``ctx.generator`` or torch's global one, which checkpoints hold.
+its rules permit. Draws come from ``ctx.generator`` or torch's global one, which checkpoints hold; they are about the whole
+micro-batch, so where processes hold parts of it, the first one's are everybody's.
 
 Legend: T tokens, B sequences, E experts, G groups.
 """
@@ -23,27 +24,37 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from moesaic.plan.peers import ALONE, Peers
 from moesaic.routing.balance.devices import device_of
 from moesaic.routing.context import TokenContext
 
 
 def mask_whole_experts(
-    ctx: TokenContext, num_tokens: int, num_experts: int, k: int, p: float, device: torch.device
+    ctx: TokenContext, num_tokens: int, num_experts: int, k: int, p: float, device: torch.device, peers: Peers = ALONE
 ) -> TokenContext:
     """The context without a random set of experts: each is out with probability p, but never so many that k are not left."""
-    drawn_E = _draw(ctx, num_experts, device)
+    drawn_E = peers.first(_draw(ctx, num_experts, device))
     kept_E = drawn_E >= p
     kept_E[drawn_E.topk(k).indices] = True
     return narrowed(ctx, kept_E.expand(num_tokens, num_experts), k)
 
 
 def keep_local(
-    ctx: TokenContext, num_tokens: int, num_experts: int, k: int, groups: int, device: torch.device
+    ctx: TokenContext,
+    num_tokens: int,
+    num_experts: int,
+    k: int,
+    groups: int,
+    device: torch.device,
+    peers: Peers = ALONE,
 ) -> TokenContext:
     """The context in which the tokens of every sequence keep to the experts of its group."""
-    B, S = ctx.shape(num_tokens)
-    shift = (_draw(ctx, 1, device) * groups).long()
-    group_B = (torch.arange(B, device=device) * groups // max(B, 1) + shift) % groups
+    S = ctx.shape(num_tokens)[1]
+    B = 1 if ctx.num_sequences is None else ctx.num_sequences
+    shift = (peers.first(_draw(ctx, 1, device)) * groups).long()
+    of_parts = peers.each(torch.tensor(B, device=device))
+    seat_B = of_parts[: peers.index].sum() + torch.arange(B, device=device)
+    group_B = (seat_B * groups // of_parts.sum().clamp(min=1) + shift) % groups
     local_BE = group_B[:, None] == device_of(num_experts, groups, device)
     return narrowed(ctx, local_BE.repeat_interleave(S, dim=0), k)
 
@@ -52,6 +63,11 @@ def falls_on(p: float, generator: torch.Generator | None = None) -> bool:
     """Whether a batch is one of the share p that skips the exchange."""
     device = "cpu" if generator is None else generator.device
     return bool(torch.rand((), generator=generator, device=device) < p)
+
+
+def agreed(local: bool, device: torch.device, peers: Peers) -> bool:
+    """What the first part has drawn for the batch."""
+    return local if peers.count == 1 else bool(peers.first(torch.tensor(int(local), device=device)))
 
 
 def narrowed(ctx: TokenContext, permitted_TE: Tensor, k: int) -> TokenContext:

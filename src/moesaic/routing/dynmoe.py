@@ -170,7 +170,8 @@ class TopAny(AdaptiveRouter):
         if not self.diversity or "diversity" not in plan.gate.extra:
             return {}
         loss = plan.gate.extra["diversity"] + plan.gate.extra["simplicity"]
-        return {"dynmoe": self.diversity * loss / outcome.num_layers}
+        peers = outcome.peers  # every part has this loss of the directions, and gradients are summed
+        return {"dynmoe": peers.total(self.diversity * loss / outcome.num_layers / peers.count)}
 
     # ---- the adaptive process ----------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from moesaic.errors import ConfigError, one_of
 from moesaic.plan.plan import Gate, RoutingPlan, SoftPlan
+from moesaic.routing.balance.context import mean_over
 from moesaic.routing.context import NO_CONTEXT, TokenContext
 from moesaic.routing.facts import Cost, Facts, linear_cost
 from moesaic.routing.gate import LinearGate, Outcome, Router, StepStats, check_k, choose, router_dtype, ruled
@@ -168,6 +169,7 @@ class Reinforce(Router):
 
     facts = Facts(
         teaches="estimated",
+        reads_loss=True,
         inference="noise off",
         losses={"switch": 1e-2},
         source="Williams 1992; RL-R in Clark et al. 2022",
@@ -240,14 +242,14 @@ class Reinforce(Router):
         losses = {}
         if self.value is not None:
             value_T = plan.gate.extra["value_T"]
-            losses["value"] = self.value_weight * _mean((advantage_T - value_T).square(), target_T)
+            losses["value"] = self.value_weight * mean_over((advantage_T - value_T).square(), target_T, outcome.peers)
             advantage_T = advantage_T - value_T.detach()
-        losses["policy"] = _mean(-advantage_T * plan.gate.extra["log_prob_T"], target_T)
+        losses["policy"] = mean_over(-advantage_T * plan.gate.extra["log_prob_T"], target_T, outcome.peers)
         if self.entropy_bonus:
             log_p_TE = plan.gate.logits_TE.log_softmax(dim=-1)
             # Rules put -inf on forbidden experts, and 0 * -inf is NaN.
             entropy_T = -(plan.gate.probs_TE * torch.where(log_p_TE.isfinite(), log_p_TE, 0.0)).sum(dim=-1)
-            losses["entropy"] = -self.entropy_bonus * _mean(entropy_T, target_T)
+            losses["entropy"] = -self.entropy_bonus * mean_over(entropy_T, target_T, outcome.peers)
         return losses
 
     def after_step(self, stats: StepStats) -> None:
@@ -272,7 +274,3 @@ def log_prob_of_draw(logits_TE: Tensor, expert_TK: Tensor, allowed_TE: Tensor | 
         total_T1 = total_T1 + torch.where(permitted_T1, left_TE.log_softmax(dim=-1).gather(1, expert_T1), 0.0)
         taken_TE = taken_TE.scatter(1, expert_T1, True)
     return total_T1.squeeze(1)
-
-
-def _mean(values_T: Tensor, over_T: Tensor) -> Tensor:
-    return torch.where(over_T, values_T, 0.0).sum() / over_T.sum().clamp(min=1)

@@ -168,7 +168,8 @@ class ExpertChoice(Router):
         if plan.valid_T is not None:
             asked_TE = asked_TE & plan.valid_T[:, None]
         loss_TE = F.binary_cross_entropy_with_logits(predicted_TE, taken_TE[:, :E], reduction="none")
-        mean = torch.where(asked_TE, loss_TE, 0.0).sum() / asked_TE.sum().clamp(min=1)
+        total = outcome.peers.total
+        mean = total(torch.where(asked_TE, loss_TE, 0.0).sum()) / total(asked_TE.sum()).clamp(min=1)
         return {"choice_predictor": self.predictor_loss * mean / outcome.num_layers}
 
     def _experts_choose(self, gate: Gate, ctx: TokenContext) -> RoutingPlan:

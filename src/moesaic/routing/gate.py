@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from moesaic.errors import ConfigError, one_of
 from moesaic.ops.top import top_k
+from moesaic.plan.peers import ALONE, Peers
 from moesaic.plan.plan import Gate, RoutingPlan, SoftPlan, at_least_fp32, from_topk
 from moesaic.routing.context import NO_CONTEXT, TokenContext
 from moesaic.routing.facts import Cost, Facts, linear_cost
@@ -57,15 +58,17 @@ class Outcome:
     Attributes:
         token_loss_T: fp32 language-model loss of each position, detached; 0 where there is no target.
         num_layers: sparse layers of the model, for means over layers.
+        peers: who holds the other parts of the micro-batch, where plan and positions are those of a part.
     """
 
     token_loss_T: Tensor
     num_layers: int = 1
+    peers: Peers = ALONE
 
 
 @dataclass(frozen=True, eq=False)
 class StepStats:
-    """One optimiser step seen by one sparse layer, over all micro-batches (and ranks).
+    """One optimiser step seen by one sparse layer, over all micro-batches and all parts of each.
 
     Attributes:
         counts_E: int64, rows the router chose for each expert.
@@ -73,7 +76,7 @@ class StepStats:
         active_share: rows chosen / (tokens * E), averaged over all sparse layers of the model.
         dropped: rows lost to capacity.
         mean_token_loss: mean language-model loss of the step.
-        sums: what ``Router.statistics`` said of each micro-batch, added up by name.
+        sums: what ``Router.statistics`` said of each part of each micro-batch, added up by name.
     """
 
     counts_E: Tensor
@@ -156,12 +159,14 @@ class Router(KeepsFp32, ABC):
     def own_losses(self, plan: RoutingPlan | SoftPlan, outcome: Outcome) -> dict[str, Tensor]:
         """Losses only this router has, by name, already weighted; a function of the plan (and of buffers), nothing stored.
 
-        They are added to the model's loss as they are, summed over layers: divide by ``outcome.num_layers`` for a mean.
+        They are added to the model's loss as they are, summed over layers: divide by ``outcome.num_layers`` for a mean. Each is
+        about the whole micro-batch: sums and counts of tokens pass through ``outcome.peers.total``, and what does not depend
+        on tokens is divided by ``outcome.peers.count`` before, for every part has it and gradients are summed.
         """
         return {}
 
     def statistics(self, plan: RoutingPlan | SoftPlan) -> dict[str, Tensor]:
-        """What ``after_step`` must know of a forward besides counts, as tensors that add up over micro-batches and ranks.
+        """What ``after_step`` must know of a forward besides counts, as tensors that add up over micro-batches and their parts.
 
         A pure function of the plan and of buffers, called once per micro-batch in training.
         """
@@ -174,7 +179,7 @@ class Router(KeepsFp32, ABC):
         """Called once per optimiser step, after the update, with the detached plan of the step's last micro-batch.
 
         For state that follows single tokens rather than load (memories); what it reads of the plan, ``forward`` put into
-        ``gate.extra``. On several ranks each sees its own tokens.
+        ``gate.extra``. Where ``outcome.peers`` hold other parts, each sees its own tokens, and all must end in the same state.
         """
 
     def weigh(self, gate: Gate, expert_TK: Tensor) -> Tensor:

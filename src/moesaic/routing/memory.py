@@ -11,11 +11,12 @@ test-time re-routing by neighbours (R2-T2, 2025) and kNN language models (Khande
   token without a tenant (``TokenContext.tenant_T`` is None) belongs to tenant 0; one outside 0..tenants-1 has no memory.
 - ``forward`` only reads. Entries come from ``remember``, and in training from ``observe`` after each optimiser step: up to
   ``writes`` tokens of the last micro-batch that the model predicted better than its mean, evenly spread, with the gate's own
-  distribution ``softmax(z)`` (not z': a memory that remembers itself would only grow louder). On several ranks each would
-  remember its own tokens, so give the router ``writes=0`` there and call ``remember`` with the same tokens everywhere.
+  distribution ``softmax(z)`` (not z': a memory that remembers itself would only grow louder). Where processes hold parts of
+  the micro-batch, all remember the same tokens, those of the whole.
 - The memory is data, not parameters: no gradient reaches it, buffers keep it in checkpoints, fp32 always.
 
-Legend: T tokens, D model width, E experts, K experts per token, N tenants, M entries each, J neighbours.
+Legend: T tokens, D model width, E experts, K experts per token, N tenants, M entries each, J neighbours, W tokens
+written at once.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ class MemoryRouter(Router):
     ``gate.extra`` holds, in training and with ``writes``, what ``observe`` reads: "input_TD", "own_probs_TE", "tenant_T".
     """
 
-    facts = Facts(teaches="all", losses={"switch": 1e-2, "z": 1e-3}, source="no one paper; cf. R2-T2 (2025)")
+    facts = Facts(
+        teaches="all", reads_loss=True, losses={"switch": 1e-2, "z": 1e-3}, source="no one paper; cf. R2-T2 (2025)"
+    )
 
     def __init__(
         self,
@@ -182,17 +185,28 @@ class MemoryRouter(Router):
 
     @torch.no_grad()
     def observe(self, plan: RoutingPlan | SoftPlan, outcome: Outcome) -> None:
-        """Remember up to ``writes`` tokens that were predicted better than the mean of those with a target."""
+        """Remember up to ``writes`` tokens of the micro-batch, predicted better than the mean of those with a target."""
         if plan.gate is None or "own_probs_TE" not in plan.gate.extra:
             return
-        extra = plan.gate.extra
+        extra, peers = plan.gate.extra, outcome.peers
         tenant_T, loss_T = extra["tenant_T"], outcome.token_loss_T
         judged_T = loss_T > 0
-        mean = loss_T.sum() / judged_T.sum().clamp(min=1)
+        mean = peers.total(loss_T.sum()) / peers.total(judged_T.sum()).clamp(min=1)
         good_T = judged_T & (loss_T < mean) & (tenant_T >= 0) & (tenant_T < self.tenants)
         if plan.valid_T is not None:
             good_T = good_T & plan.valid_T
         tokens = good_T.nonzero()[:, 0]
-        if len(tokens) > self.writes:
-            tokens = tokens[torch.arange(self.writes, device=tokens.device) * len(tokens) // self.writes]
-        self.remember(extra["input_TD"][tokens], extra["own_probs_TE"][tokens], tenant_T[tokens])
+        of_parts: list[int] = peers.each(torch.tensor(len(tokens), device=tokens.device)).tolist()
+        number, before = sum(of_parts), sum(of_parts[: peers.index])
+        writes = min(number, self.writes)
+        if not writes:
+            return
+        place_W = torch.arange(writes, device=tokens.device) * number // writes - before
+        here_W = (place_W >= 0) & (place_W < len(tokens))
+        tokens = tokens[place_W[here_W]]
+        entries = []
+        for values in (extra["input_TD"], extra["own_probs_TE"], tenant_T):
+            written = values.new_zeros(writes, *values.shape[1:])
+            written[here_W] = values[tokens]
+            entries.append(peers.total(written))
+        self.remember(*entries)

@@ -93,11 +93,12 @@ class ReLURouter(Router):
         weight_TE = plan.gate.probs_TE
         if plan.valid_T is not None:
             weight_TE = torch.where(plan.valid_T[:, None], weight_TE, 0.0)
-        tokens = plan.num_valid.clamp(min=1)
-        total_E = weight_TE.sum(dim=0) / tokens
+        total = outcome.peers.total
+        tokens = total(plan.num_valid).clamp(min=1)
+        mean_E = total(weight_TE.sum(dim=0)) / tokens
         if self.balance:
-            total_E = total_E * (weight_TE > 0).sum(dim=0) * (self.num_experts / (self.k * tokens))
-        return {"l1": self.penalty * total_E.sum() / outcome.num_layers}
+            mean_E = mean_E * total((weight_TE > 0).sum(dim=0)) * (self.num_experts / (self.k * tokens))
+        return {"l1": self.penalty * mean_E.sum() / outcome.num_layers}
 
     def after_step(self, stats: StepStats) -> None:
         """Stronger while more experts than k are in use, weaker while fewer are."""

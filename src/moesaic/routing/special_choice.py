@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import ConfigError
+from moesaic.plan.peers import Peers
 from moesaic.plan.plan import Gate, RoutingPlan, SoftPlan
 from moesaic.routing.balance.context import distribution
 from moesaic.routing.context import NO_CONTEXT, TokenContext
@@ -104,7 +105,7 @@ class NullExperts(Router):
     def own_losses(self, plan: RoutingPlan | SoftPlan, outcome: Outcome) -> dict[str, Tensor]:
         """The Switch loss over true experts and the average null expert."""
         assert isinstance(plan, RoutingPlan)
-        counts_E, mean_E = _load_and_mean(plan)
+        counts_E, mean_E = _load_and_mean(plan, outcome.peers)
         null_E = counts_E[self.num_true :].mean().expand(self.num_experts - self.num_true)
         share_E = torch.cat([counts_E[: self.num_true], null_E]) / counts_E.sum().clamp(min=1)
         loss = self.num_experts * (share_E * mean_E).sum()
@@ -122,7 +123,7 @@ class MoEPlusPlus(ContextRouter):
         init_std: of both matrices.
     """
 
-    facts = Facts(experts="k, zero-computation ones included", source="Jin et al. 2025")
+    facts = Facts(experts="k, zero-computation ones included", reads_previous=True, source="Jin et al. 2025")
 
     def __init__(
         self,
@@ -175,8 +176,8 @@ class MoEPlusPlus(ContextRouter):
     def own_losses(self, plan: RoutingPlan | SoftPlan, outcome: Outcome) -> dict[str, Tensor]:
         """The heterogeneous load-balance loss."""
         assert isinstance(plan, RoutingPlan)
-        counts_E, mean_E = _load_and_mean(plan)
-        share_E = counts_E / plan.num_valid.clamp(min=1)
+        counts_E, mean_E = _load_and_mean(plan, outcome.peers)
+        share_E = counts_E / outcome.peers.total(plan.num_valid).clamp(min=1)
         eta_E = torch.full_like(share_E, self.tau)
         eta_E[: self.num_true] = 1.0
         loss = (eta_E * share_E * mean_E).sum()
@@ -188,7 +189,8 @@ def _check_balance(balance: float) -> None:
         raise ConfigError(f"balance must be at least 0, not {balance}.")
 
 
-def _load_and_mean(plan: RoutingPlan) -> tuple[Tensor, Tensor]:
+def _load_and_mean(plan: RoutingPlan, peers: Peers) -> tuple[Tensor, Tensor]:
     """(E,) rows chosen for each expert, and its mean probability over real tokens, which alone has a gradient."""
     share_TE = distribution(plan)
-    return plan.choice_counts_E.to(share_TE.dtype), share_TE.sum(dim=0) / plan.num_valid.clamp(min=1)
+    counts_E, tokens = peers.total(plan.choice_counts_E), peers.total(plan.num_valid)
+    return counts_E.to(share_TE.dtype), peers.total(share_TE.sum(dim=0)) / tokens.clamp(min=1)

@@ -116,13 +116,15 @@ class Tree(Router):
 
     def own_losses(self, plan: RoutingPlan | SoftPlan, outcome: Outcome) -> dict[str, Tensor]:
         """ "hardening", from the node entropies of a soft plan."""
+        assert isinstance(plan, RoutingPlan)
         if plan.gate is None or not self.hardening:
             return {}
         entropy_T = plan.gate.extra["node_entropy_T"]
         if plan.valid_T is not None:
             entropy_T = torch.where(plan.valid_T, entropy_T, 0.0)
-        count = len(entropy_T) if plan.valid_T is None else plan.valid_T.sum().clamp(min=1)
-        return {"hardening": self.hardening * entropy_T.sum() / max(count, 1) / outcome.num_layers}
+        total = outcome.peers.total
+        tokens = total(plan.num_valid).clamp(min=1)
+        return {"hardening": self.hardening * total(entropy_T.sum()) / tokens / outcome.num_layers}
 
     def _mixture(self, x_TD: Tensor, ctx: TokenContext) -> RoutingPlan:
         """All leaves, by the products of the decisions above them."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import ConfigError
+from moesaic.plan.peers import ALONE, Peers
 from moesaic.plan.plan import Gate, RoutingPlan, SoftPlan, count_experts
 
 Scope = Literal["micro_batch", "sequence", "global_batch"]
@@ -23,12 +24,14 @@ class LossContext:
     """What a balancing loss may need besides the plan.
 
     Attributes:
-        num_sequences: the batch's B; tokens are laid out sequence by sequence (scope "sequence").
+        num_sequences: B of the plan; tokens are laid out sequence by sequence (scope "sequence").
         scope: over what ``f`` of the Switch loss is counted.
         step_counts_E: with scope "global_batch", the choices counted so far in this optimiser step (earlier micro-batches and
             other ranks, this micro-batch included).
         step: number of the optimiser step, from 1, for losses that fade in; None is long after the start.
         label_T: int64 domain, task or modality of each token, for losses that keep them apart; negative means unknown.
+        peers: who holds the other parts of the micro-batch, where plan, labels and B are those of a part: the loss is then that
+            of the whole micro-batch, its gradient that of the part's own tokens.
     """
 
     num_sequences: int = 1
@@ -36,6 +39,12 @@ class LossContext:
     step_counts_E: Tensor | None = None
     label_T: Tensor | None = None
     step: int | None = None
+    peers: Peers = ALONE
+
+    @property
+    def sequences(self) -> int:
+        """B; no tokens are one empty sequence."""
+        return self.num_sequences or 1
 
     def labels(self, plan: AnyPlan) -> Tensor | None:
         """int64 (T,) labels of the plan's tokens; multi-head layers route several sub-tokens of each."""
@@ -96,8 +105,17 @@ def masked(values_TX: Tensor, valid_T: Tensor | None) -> Tensor:
     return values_TX if valid_T is None else torch.where(valid_T[:, None], values_TX, 0.0)
 
 
-def mean_over(values_T: Tensor, counted_T: Tensor | None) -> Tensor:
-    """Mean over the counted tokens (all if None); 0 if there are none."""
+def mean_over(values_T: Tensor, counted_T: Tensor | None, peers: Peers = ALONE) -> Tensor:
+    """Mean over the counted tokens (all if None) of all parts; 0 if there are none."""
     if counted_T is None:
-        return values_T.sum() / max(len(values_T), 1)
-    return torch.where(counted_T, values_T, 0.0).sum() / counted_T.sum().clamp(min=1)
+        if peers.count == 1:
+            return values_T.sum() / max(len(values_T), 1)
+        counted_T = torch.ones_like(values_T, dtype=torch.bool)
+    number = peers.total(counted_T.sum())
+    return peers.total(torch.where(counted_T, values_T, 0.0).sum()) / number.clamp(min=1)
+
+
+def mean_over_sequences(values_B: Tensor, valid_B: Tensor, peers: Peers) -> Tensor:
+    """Mean over the sequences of all parts that are not all padding; ``values_B`` is 0 for those that are."""
+    number = peers.total((valid_B > 0).sum())
+    return peers.total(values_B.sum()) / number.clamp(min=1)

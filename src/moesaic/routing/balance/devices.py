@@ -28,6 +28,7 @@ from moesaic.routing.balance.context import (
     counts_by_sequence,
     gate_of,
     masked,
+    mean_over_sequences,
     valid_by_sequence,
 )
 
@@ -50,12 +51,12 @@ def v2_communication_loss(plan: RoutingPlan, ctx: LossContext = PLAIN, *, device
     Args:
         limit: M, ``groups_kept`` of a group-limited router.
     """
-    E, B, scores_BE = plan.num_experts, ctx.num_sequences, _scores(plan, ctx)
+    E, B, scores_BE = plan.num_experts, ctx.sequences, _scores(plan, ctx)
     home_E = device_of(E, devices, plan.expert_N.device)
     nowhere_E1 = torch.cat([home_E, home_E.new_full((1,), devices)])
     reached_TD = torch.zeros(plan.num_tokens, devices + 1, dtype=torch.bool, device=home_E.device)
     reached_TD[plan.token_N, nowhere_E1[plan.choice_N]] = True
-    sent_BD = reached_TD[:, :devices].view(B, -1, devices).sum(dim=1)
+    sent_BD = reached_TD[:, :devices].view(B, plan.num_tokens // B, devices).sum(dim=1)
     tokens_B1 = valid_by_sequence(plan, B).clamp(min=1)[:, None]
     share_BD = sent_BD.to(scores_BE.dtype) * devices / (limit * tokens_B1)
     return _mean_of_sequences(plan, ctx, (share_BD * _by_device(scores_BE, home_E, devices)).sum(dim=1))
@@ -68,14 +69,15 @@ def device_of(num_experts: int, devices: int, device: torch.device | None = None
 
 def _loads(plan: RoutingPlan, ctx: LossContext) -> Tensor:
     """(B, E): f, 1 for every expert at balance."""
-    counts_BE = counts_by_sequence(plan, ctx.num_sequences).to(gate_of(plan).probs_TE.dtype)
+    counts_BE = counts_by_sequence(plan, ctx.sequences).to(gate_of(plan).probs_TE.dtype)
     return counts_BE * plan.num_experts / counts_BE.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def _scores(plan: RoutingPlan, ctx: LossContext) -> Tensor:
     """(B, E): P, the mean score of each expert over the sequence's tokens."""
-    sums_BE = masked(gate_of(plan).probs_TE, plan.valid_T).view(ctx.num_sequences, -1, plan.num_experts).sum(dim=1)
-    return sums_BE / valid_by_sequence(plan, ctx.num_sequences).clamp(min=1)[:, None]
+    B, E = ctx.sequences, plan.num_experts
+    sums_BE = masked(gate_of(plan).probs_TE, plan.valid_T).view(B, plan.num_tokens // B, E).sum(dim=1)
+    return sums_BE / valid_by_sequence(plan, B).clamp(min=1)[:, None]
 
 
 def _by_device(values_BE: Tensor, home_E: Tensor, devices: int) -> Tensor:
@@ -83,4 +85,4 @@ def _by_device(values_BE: Tensor, home_E: Tensor, devices: int) -> Tensor:
 
 
 def _mean_of_sequences(plan: RoutingPlan, ctx: LossContext, loss_B: Tensor) -> Tensor:
-    return loss_B.sum() / (valid_by_sequence(plan, ctx.num_sequences) > 0).sum().clamp(min=1)
+    return mean_over_sequences(loss_B, valid_by_sequence(plan, ctx.sequences), ctx.peers)

@@ -8,7 +8,7 @@
 | sequence | the same per sequence, averaged (DeepSeek-V3, alpha = 1e-4) | 1 | E / k |
 
 f_e is the share of choices, before capacity; P_e the mean score. Only scores carry gradient, counts never do. V-MoE uses
-``0.005 * importance + 0.005 * load`` with importance of the "scores".
+``0.005 * importance + 0.005 * load`` with importance of the "scores". Sums and counts are over all parts of the micro-batch.
 
 Legend: T tokens, B sequences of S, N rows, E experts.
 """
@@ -28,6 +28,7 @@ from moesaic.routing.balance.context import (
     distribution,
     gate_of,
     masked,
+    mean_over_sequences,
     valid_by_sequence,
 )
 
@@ -42,17 +43,17 @@ def importance_loss(
             is a reading after the drop. "scores": the gate's scores of all experts, without noise (V-MoE).
     """
     if of == "scores":
-        return cv_squared(masked(gate_of(plan).probs_TE, plan.valid_T).sum(dim=0))
+        return cv_squared(ctx.peers.total(masked(gate_of(plan).probs_TE, plan.valid_T).sum(dim=0)))
     weight_N = plan.weight_N.masked_fill(plan.choice_N == plan.num_experts, 0.0)
     sums_E = weight_N.new_zeros(plan.num_experts + 1).index_add(0, plan.choice_N, weight_N)
-    return cv_squared(sums_E[: plan.num_experts])
+    return cv_squared(ctx.peers.total(sums_E[: plan.num_experts]))
 
 
 def load_loss(plan: RoutingPlan, ctx: LossContext = PLAIN) -> Tensor:
     """CV^2 of the expected load. Where a plan has no estimate (k = E, evaluation) hard counts, without gradient."""
     if plan.gate is None or plan.gate.load_probs_TE is None:
-        return cv_squared(plan.choice_counts_E.float())
-    return cv_squared(masked(plan.gate.load_probs_TE, plan.valid_T).sum(dim=0))
+        return cv_squared(ctx.peers.total(plan.choice_counts_E).float())
+    return cv_squared(ctx.peers.total(masked(plan.gate.load_probs_TE, plan.valid_T).sum(dim=0)))
 
 
 def switch_loss(
@@ -60,25 +61,26 @@ def switch_loss(
 ) -> Tensor:
     """E * sum_e f_e P_e with f_e the share of choices and P_e the mean score of expert e.
 
-    Scope "micro_batch": f and P over the plan (Mixtral, Switch). "sequence": per sequence, averaged (DeepSeek-V3; sigmoid
-    scores are normalised per token). "global_batch": f over the whole optimiser step (Qiu et al. 2025), P over the plan,
-    which lets experts specialise on domains.
+    Scope "micro_batch": f and P over the micro-batch (Mixtral, Switch). "sequence": per sequence, averaged (DeepSeek-V3;
+    sigmoid scores are normalised per token). "global_batch": f over the whole optimiser step (Qiu et al. 2025), P over the
+    micro-batch, which lets experts specialise on domains.
 
     Args:
         normalize: "slots" divides counts by tokens and not by choices, as Hugging Face's Mixtral does: k times as much. (That
             code also takes f and P over the tokens of all layers at once; here layers are averaged.)
     """
-    E, chosen = plan.num_experts, plan.choice_counts_E.sum()
+    total = ctx.peers.total
+    chosen_E, tokens = total(plan.choice_counts_E), total(plan.num_valid).clamp(min=1)
     if ctx.scope == "sequence":
         loss = sequence_loss(plan, ctx)
     else:
         probs_TE = distribution(plan)
-        counts_E = plan.choice_counts_E
+        counts_E = chosen_E
         if ctx.scope == "global_batch" and ctx.step_counts_E is not None:
             counts_E = ctx.step_counts_E
         share_E = counts_E.to(probs_TE.dtype) / counts_E.sum().clamp(min=1)
-        loss = E * (share_E * probs_TE.sum(dim=0)).sum() / plan.num_valid.clamp(min=1)
-    return loss if normalize == "share" else loss * (chosen / plan.num_valid.clamp(min=1))
+        loss = plan.num_experts * (share_E * total(probs_TE.sum(dim=0))).sum() / tokens
+    return loss if normalize == "share" else loss * (chosen_E.sum() / tokens)
 
 
 def sequence_loss(plan: RoutingPlan, ctx: LossContext = PLAIN) -> Tensor:
@@ -86,9 +88,9 @@ def sequence_loss(plan: RoutingPlan, ctx: LossContext = PLAIN) -> Tensor:
 
     f counts what was chosen, selection bias included; scores are normalised to sum to 1 per token.
     """
-    B, E, probs_TE = ctx.num_sequences, plan.num_experts, distribution(plan)
+    B, E, probs_TE = ctx.sequences, plan.num_experts, distribution(plan)
     counts_BE = counts_by_sequence(plan, B)
     share_BE = counts_BE.to(probs_TE.dtype) / counts_BE.sum(dim=1, keepdim=True).clamp(min=1)
     valid_B = valid_by_sequence(plan, B)
-    loss_B = E * (share_BE * probs_TE.view(B, -1, E).sum(dim=1)).sum(dim=1) / valid_B.clamp(min=1)
-    return loss_B.sum() / (valid_B > 0).sum().clamp(min=1)
+    loss_B = E * (share_BE * probs_TE.view(B, plan.num_tokens // B, E).sum(dim=1)).sum(dim=1) / valid_B.clamp(min=1)
+    return mean_over_sequences(loss_B, valid_B, ctx.peers)

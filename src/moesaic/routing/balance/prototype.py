@@ -12,10 +12,10 @@ What v is ("space"): "input", the router's input: gradient reaches the layers be
 "logits", the gate's logits. "router_proj", the router's projection x W_r as it was before rules and noise touched it (for a
 plain gate without either, the same). The last two teach the router too.
 
-Unpublished defaults: M = 64, tau = 0.1, coefficient 1e-3. Prototypes are those of this rank's micro-batch; the EMA follows
-sums over the whole step, all micro-batches and ranks.
+Unpublished defaults: M = 64, tau = 0.1, coefficient 1e-3. Prototypes are those of the micro-batch, of all its parts (which show
+each other the scores of their M likeliest tokens per expert); the EMA follows sums over the whole step.
 
-Legend: T tokens, E experts, V width of the space.
+Legend: T tokens, E experts, V width of the space, P parts of the micro-batch, M as above.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.errors import ConfigError
+from moesaic.plan.peers import ALONE, Peers
 from moesaic.plan.plan import RoutingPlan, SoftPlan
 from moesaic.routing.balance.context import PLAIN, LossContext, evidence, gate_of, masked, mean_over
 from moesaic.routing.gate import KeepsFp32, StepStats, choose, router_dtype
@@ -60,9 +62,10 @@ def prototype_loss(
     """
     faded = 1.0 if ctx.step is None or ctx.step >= warmup else ctx.step / warmup
     vector_TV = masked(vectors(plan, space), plan.valid_T)
-    home_TE, top_TE = members(plan, most)
-    counts_E = top_TE.sum(dim=0)
-    sums_EV = top_TE.T @ (vector_TV.detach() if detach else vector_TV)
+    home_TE, top_TE = members(plan, most, ctx.peers)
+    counts_E = ctx.peers.total(top_TE.sum(dim=0))
+    # Every part compares its tokens with these, so a token in a prototype matters to all parts.
+    sums_EV = ctx.peers.pooled(top_TE.T @ (vector_TV.detach() if detach else vector_TV))
     alive_E = counts_E > 0
     mean_EV = sums_EV / counts_E.clamp(min=1)[:, None]
     share_E1 = torch.ones_like(counts_E)[:, None]  # how much of mu is the batch
@@ -89,7 +92,7 @@ def prototype_loss(
         counted_T = counted_T & ((others_T > 0) | (home_TE @ (share_E1[:, 0] < 1).to(home_TE.dtype) > 0))
     sim_TE = sim_TE.masked_fill(~alive_E, -1e30)  # not -inf: with none alive a row must stay finite
     loss_T = -(sim_TE.log_softmax(dim=1) * home_TE).sum(dim=1)
-    return faded * torch.where(alive_E.sum() >= 2, mean_over(loss_T, counted_T), 0.0)
+    return faded * torch.where(alive_E.sum() >= 2, mean_over(loss_T, counted_T, ctx.peers), 0.0)
 
 
 def vectors(plan: RoutingPlan | SoftPlan, space: Space) -> Tensor:
@@ -102,19 +105,37 @@ def vectors(plan: RoutingPlan | SoftPlan, space: Space) -> Tensor:
     return torch.where(gate.logits_TE.isfinite(), gate.logits_TE, 0.0)  # rules put -inf on forbidden experts
 
 
-def members(plan: RoutingPlan | SoftPlan, most: int) -> tuple[Tensor, Tensor]:
-    """(T, E) each, 1 or 0: a token's argmax expert; and whether it is among that expert's ``most`` likeliest."""
+def members(plan: RoutingPlan | SoftPlan, most: int, peers: Peers = ALONE) -> tuple[Tensor, Tensor]:
+    """(T, E) each, 1 or 0: a token's argmax expert; and whether it is among that expert's ``most`` likeliest in all parts."""
     probs_TE = gate_of(plan).probs_TE.detach()
     home_T1 = choose(probs_TE, 1)
     home_TE = torch.zeros_like(probs_TE).scatter_(1, home_T1, 1.0)
     if plan.valid_T is not None:
         home_TE = home_TE * plan.valid_T[:, None]
     score_TE = torch.where(home_TE > 0, probs_TE, -1.0)
-    order_TE = torch.sort(score_TE, dim=0, descending=True, stable=True).indices
+    sorted_TE, order_TE = torch.sort(score_TE, dim=0, descending=True, stable=True)
+    seat_TE = torch.arange(plan.num_tokens, device=order_TE.device)[:, None].expand_as(order_TE)
+    if peers.count > 1:
+        seat_TE = seat_TE.clone()
+        seat_TE[:most] += _ahead(sorted_TE, most, peers).T[: plan.num_tokens]
     place_TE = torch.empty_like(order_TE)
-    seat_T1 = torch.arange(plan.num_tokens, device=order_TE.device)[:, None]
-    place_TE.scatter_(0, order_TE, seat_T1.expand_as(order_TE))
+    place_TE.scatter_(0, order_TE, seat_TE)
     return home_TE, home_TE * (place_TE < most)
+
+
+def _ahead(sorted_TE: Tensor, most: int, peers: Peers) -> Tensor:
+    """int64 (E, M): members of other parts that come before our M best, M of each part at the most.
+
+    Ties go to the earlier part, as they go to the earlier token where one process sorts them all.
+    """
+    best_EM = F.pad(sorted_TE[:most].T, (0, max(most - len(sorted_TE), 0)), value=-1.0)  # as those who are no members
+    best_PEM = peers.each(best_EM)
+    rising_PEM, ours_PEM = best_PEM.flip(2), best_EM.expand_as(best_PEM).contiguous()
+    below_PEM = torch.searchsorted(rising_PEM, ours_PEM)
+    up_to_PEM = torch.searchsorted(rising_PEM, ours_PEM, right=True)
+    part_P11 = torch.arange(peers.count, device=best_EM.device)[:, None, None]
+    ahead_PEM = most - torch.where(part_P11 < peers.index, below_PEM, up_to_PEM)
+    return ahead_PEM.masked_fill(part_P11 == peers.index, 0).sum(dim=0)
 
 
 def _similarity(a_TV: Tensor, b_EV: Tensor, kind: str) -> Tensor:
@@ -150,9 +171,9 @@ class PrototypeMemory(KeepsFp32):
         """For ``gate.extra``: copies, because ``after_step`` writes in place."""
         return {_MEMORY: self.mean_EV.clone(), _KNOWN: self.known_E.clone()}
 
-    def statistics(self, plan: RoutingPlan | SoftPlan) -> dict[str, Tensor]:
-        """Sums and counts behind the batch's prototypes."""
-        _, top_TE = members(plan, self.most)
+    def statistics(self, plan: RoutingPlan | SoftPlan, peers: Peers = ALONE) -> dict[str, Tensor]:
+        """This part's share of the sums and counts behind the prototypes of the micro-batch."""
+        _, top_TE = members(plan, self.most, peers)
         vector_TV = masked(vectors(plan, self.space).detach(), plan.valid_T)
         return {_SUMS: top_TE.T @ vector_TV, _COUNTS: top_TE.sum(dim=0)}
 
