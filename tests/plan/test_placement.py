@@ -61,6 +61,14 @@ def test_rows_prefer_replicas_of_their_own_rank_and_else_go_round_by_token() -> 
         assert chosen_N.tolist() == wanted
 
 
+def test_rows_are_sent_without_looking_at_them() -> None:
+    """On the meta device there is nothing to look at: no value may be waited for."""
+    expert_N = torch.zeros(5, dtype=torch.int64, device="meta")
+    for placement in (WORKED, Placement(((1,), (0,)), 2), Placement.even(3, 2)):
+        slot_N = placement.choose(expert_N, expert_N, 0)
+        assert (slot_N.device.type, slot_N.dtype, slot_N.shape) == ("meta", torch.int64, (5,))
+
+
 def test_without_replicas_a_row_has_one_slot() -> None:
     swapped = Placement(((2, 0), (1,)), 3)
     assert swapped.choose(torch.tensor([0, 1, 2, 3]), torch.tensor([0, 0, 1, 5]), 1).tolist() == [1, 2, 0, 3]
