@@ -71,6 +71,7 @@ CASES = [
     Case("topk", {"score": "sigmoid", "balance_bias": True, "bias_rule": "quantile"}),
     Case("topk", {"balance_bias": True, "bias_rule": "pid", "ffn_rows": 1.5}, special=2),
     Case("switch", {"jitter": 0.3}, k=1),
+    Case("switch", {"jitter": 0.0}, k=1),
     Case("gshard", {"second": "stochastic"}),
     Case("gshard", {"second": "threshold_stochastic"}),
     Case("gshard", {"second": "gumbel"}),

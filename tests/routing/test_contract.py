@@ -63,6 +63,18 @@ def test_batch_invariant(case: Case, training: bool) -> None:
 
 
 @every_router
+def test_noisy(case: Case) -> None:
+    """Other random numbers lead to other decisions in training, if the router says so, and never in evaluation."""
+    for training in (True, False):
+        router, apart = case.build(training=training), False
+        for trial in range(TRIALS):
+            batch = some_input(seed=trial)
+            plan, other = batch.route(router), replace(batch, seed=trial + 1000).route(router)
+            apart |= bool(differs(plan, other).any())
+        assert apart == (router.facts.noisy and training)
+
+
+@every_router
 def test_balance_by_construction(case: Case) -> None:
     """Skewed vectors: "exact" gives equal loads, "approximate" nearly, and "no" does not."""
     router = case.build()

@@ -239,7 +239,7 @@ class CapacityRule:
             expert_N = decide(plan, generator=generator)
         elif self.groups % peers.count:
             raise ConfigError(
-                f"capacity.groups={self.groups} cannot be shared equally by {peers.count} data-parallel ranks, so a group would "
+                f"capacity.groups={self.groups} cannot be shared equally by {peers.count} data-parallel ranks, so one would "
                 f"lie on two of them; set capacity.groups to a multiple of {peers.count}."
             )
         else:

@@ -142,7 +142,7 @@ class Budget(AdaptiveRouter):
         if target is not None and not 1 <= target <= self.k_max:
             raise ConfigError(f"target={target} must be between 1 and k_max={self.k_max} experts per token.")
         if sample:
-            self.facts = replace(self.facts, inference="noise off")
+            self.facts = replace(self.facts, noisy=True, inference="noise off")
         self.cost_of_one, self.target, self.sample = cost, target, sample
         self.gate = LinearGate(dim, num_experts, init_std=init_std)
         self.head_in = LinearGate(dim, hidden, bias=True, init_std=dim**-0.5)

@@ -84,6 +84,7 @@ class GumbelSoftmax(Router):
 
     facts = Facts(
         teaches="all",
+        noisy=True,
         inference="noise off",
         losses={"switch": 1e-2},
         source="Jang et al. 2016; Maddison et al. 2016",
@@ -170,6 +171,7 @@ class Reinforce(Router):
     facts = Facts(
         teaches="estimated",
         reads_loss=True,
+        noisy=True,
         inference="noise off",
         losses={"switch": 1e-2},
         source="Williams 1992; RL-R in Clark et al. 2022",

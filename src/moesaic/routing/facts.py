@@ -21,6 +21,7 @@ class Facts:
     Attributes:
         causal: a token's routing never depends on later tokens of its sequence.
         batch_invariant: nor on other sequences of the batch.
+        noisy: training draws random numbers.
         balance: whether loads are equal by construction: "no"; "exact"; "approximate"; "by table" (hashing); "learned" (a
             built-in controller or loss drives it).
         experts: experts per token in words: "k", "1", "0..E".
@@ -42,6 +43,7 @@ class Facts:
 
     causal: bool = True
     batch_invariant: bool = True
+    noisy: bool = False
     balance: Balance = "no"
     experts: str = "k"
     varies: bool = False

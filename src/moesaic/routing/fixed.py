@@ -36,6 +36,7 @@ class RandomRouter(Router):
     """
 
     facts = Facts(
+        noisy=True,
         balance="approximate",
         has_gate=False,
         teaches="none",

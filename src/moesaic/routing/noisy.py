@@ -37,6 +37,7 @@ class NoisyTopK(Router):
     """
 
     facts = Facts(
+        noisy=True,
         has_load_estimate=True,
         inference="noise off",
         losses={"importance": 0.1, "load": 0.1},

@@ -45,7 +45,12 @@ class SparseMixer(Router):
     """
 
     facts = Facts(
-        experts="1", teaches="estimated", inference="noise off", losses={"switch": 1e-2}, source="Liu et al. 2023"
+        noisy=True,
+        experts="1",
+        teaches="estimated",
+        inference="noise off",
+        losses={"switch": 1e-2},
+        source="Liu et al. 2023",
     )
 
     def __init__(self, dim: int, num_experts: int, k: int = 1, *, jitter: float = 0.1, init_std: float = 0.02) -> None:
@@ -83,7 +88,13 @@ class SparseMixerV2(Router):
     ``gate.probs_TE`` is the softmax over all experts.
     """
 
-    facts = Facts(teaches="estimated", inference="noise off", losses={"switch": 1e-2}, source="Liu et al. 2024 (GRIN)")
+    facts = Facts(
+        noisy=True,
+        teaches="estimated",
+        inference="noise off",
+        losses={"switch": 1e-2},
+        source="Liu et al. 2024 (GRIN)",
+    )
 
     def __init__(
         self,

@@ -26,7 +26,7 @@ from moesaic.errors import ConfigError, one_of
 from moesaic.plan.plan import Gate, RoutingPlan, SoftPlan
 from moesaic.routing.balance import BiasController, BiasRule, Gains
 from moesaic.routing.context import NO_CONTEXT, TokenContext
-from moesaic.routing.facts import Cost, Facts
+from moesaic.routing.facts import Cost, Facts, Inference
 from moesaic.routing.gate import (
     LinearGate,
     Router,
@@ -212,7 +212,12 @@ class Switch(Router):
     """
 
     facts = Facts(
-        experts="1", teaches="all", inference="noise off", losses={"switch": 1e-2}, source="Fedus et al. 2021"
+        noisy=True,
+        experts="1",
+        teaches="all",
+        inference="noise off",
+        losses={"switch": 1e-2},
+        source="Fedus et al. 2021",
     )
 
     def __init__(self, dim: int, num_experts: int, k: int = 1, *, jitter: float = 1e-2, init_std: float = 0.02) -> None:
@@ -223,6 +228,8 @@ class Switch(Router):
         if not 0 <= jitter < 1:
             raise ConfigError(f"jitter must be at least 0 and below 1, not {jitter}.")
         self.num_experts, self.k, self.jitter = num_experts, k, jitter
+        if not jitter:
+            self.facts = replace(self.facts, noisy=False, inference="same")
         self.gate = LinearGate(dim, num_experts, init_std=init_std)
 
     def forward(self, x_TD: Tensor, ctx: TokenContext = NO_CONTEXT) -> RoutingPlan:
@@ -255,7 +262,12 @@ class GShardTop2(Router):
     """
 
     facts = Facts(
-        experts="1..2", varies=True, inference="noise off", losses={"switch": 1e-2}, source="Lepikhin et al. 2020"
+        noisy=True,
+        experts="1..2",
+        varies=True,
+        inference="noise off",
+        losses={"switch": 1e-2},
+        source="Lepikhin et al. 2020",
     )
 
     def __init__(
@@ -283,7 +295,8 @@ class GShardTop2(Router):
             self.facts = replace(self.facts, experts="k", varies=False)
         if second in ("all", "threshold"):
             rule = "" if second == eval_second else f"second experts: {eval_second}"
-            self.facts = replace(self.facts, inference="other rule" if rule else "same", inference_rule=rule)
+            inference: Inference = "other rule" if rule else "same"
+            self.facts = replace(self.facts, noisy=False, inference=inference, inference_rule=rule)
         self.gate = LinearGate(dim, num_experts, init_std=init_std)
 
     def forward(self, x_TD: Tensor, ctx: TokenContext = NO_CONTEXT) -> RoutingPlan:
