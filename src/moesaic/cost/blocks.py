@@ -49,7 +49,6 @@ class Part:
         shape: of the whole.
         kind: "experts" are stacked along dimension 0 and lie on the grid of experts.
         dim, axis: the dimension that is sliced, and over what; None for none.
-        sharded_over: what FSDP shards it over.
     """
 
     name: str
@@ -57,7 +56,6 @@ class Part:
     kind: Kind = "dense"
     dim: int | None = None
     axis: Literal["tp", "etp"] | None = None
-    sharded_over: Literal["dp", "edp"] = "dp"
 
 
 @dataclass(frozen=True)
@@ -129,10 +127,9 @@ def _shape(model: Decoder, place: int, config: ModelConfig, layer: int) -> Block
 
 def _part(name: str, shape: tuple[int, ...], config: ModelConfig) -> Part:
     kind: Kind = "experts" if _STACK.fullmatch(name) else "dense"
-    over: Literal["dp", "edp"] = "edp" if name.startswith("ffn.experts.") else "dp"
     if config.qk_norm == "projection" and re.fullmatch(r"attention\.[qk]_norm\.weight", name):
-        return Part(name, shape, kind, 0, "tp", over)
+        return Part(name, shape, kind, 0, "tp")
     for pattern, dim, axis in _CUTS:
         if re.fullmatch(pattern, name) and dim < len(shape):
-            return Part(name, shape, kind, dim, axis, over)
-    return Part(name, shape, kind, sharded_over=over)
+            return Part(name, shape, kind, dim, axis)
+    return Part(name, shape, kind)

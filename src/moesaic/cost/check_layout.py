@@ -99,6 +99,11 @@ def _check_slices(model: ModelConfig, layout: Layout) -> None:
     shared = [shared_width(moe, i) for i in range(len(model.moe_layers))] if moe.shared else []
     for width in shared:
         _sliced("parallel.tp", tp, "the width of shared experts", width, (*_heads(model), *dense, *shared))
+    if moe.expert_dropout and max(tp, etp) > 1:
+        raise ConfigError(
+            f"model.moe.expert_dropout={moe.expert_dropout} would drop other units than one process does where "
+            f"parallel.tp={tp} ranks share an expert's work; set expert_dropout=0 or tp=1."
+        )
     for width in experts:
         if width % etp:
             raise ConfigError(

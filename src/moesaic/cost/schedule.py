@@ -8,11 +8,10 @@ Legend: P ranks along pp, M micro-batches of a step, V stages of a rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
-
-from moesaic.layout import Layout, ParallelConfig
 
 Pipeline = Literal["1f1b", "interleaved", "dualpipe"]
 
@@ -24,47 +23,48 @@ class Stage:
     Attributes:
         number: among all stages, in the order of the layers.
         layers: the blocks it holds.
+        micro_batches: of a step that pass it here; of DualPipe's two copies of a stage each takes half.
         kept: micro-batches whose activations it keeps at once, at most; a mean where stages of a rank share a maximum.
         first, last: whether it holds the embedding, and the final norm and head.
     """
 
     number: int
     layers: range
+    micro_batches: Fraction
     kept: Fraction
     first: bool
     last: bool
 
 
-def stage_layers(num_layers: int, stages: int) -> tuple[range, ...]:
-    """Consecutive layers of every stage, as even as can be: stage s holds s*L//S to (s+1)*L//S - 1."""
+def even_stages(num_layers: int, stages: int) -> tuple[range, ...]:
+    """Consecutive layers, as many in every stage; training cuts by what layers cost (``parallel/stages.py``)."""
     return tuple(range(s * num_layers // stages, (s + 1) * num_layers // stages) for s in range(stages))
 
 
-def stages_of(
-    parallel: ParallelConfig, layout: Layout, num_layers: int, accumulate: int, pipeline: Pipeline
-) -> tuple[tuple[Stage, ...], ...]:
-    """The stages of every rank along pp."""
-    P, V = layout.pp, parallel.stages_per_rank
-    total = P * V
-    layers = stage_layers(num_layers, total)
+def stages_of(ranges: Sequence[range], P: int, accumulate: int, pipeline: Pipeline) -> tuple[tuple[Stage, ...], ...]:
+    """The stages of every rank along pp, from the layers of every stage."""
+    total = len(ranges)
+    V = total // P
     found = []
     for rank in range(P):
         numbers = [rank + v * P for v in range(V)] if pipeline != "dualpipe" else [rank, P - 1 - rank]
         kept = Fraction(kept_at_once(pipeline, P, rank, accumulate, V), len(numbers))
-        found.append(tuple(Stage(s, layers[s], kept, s == 0, s == total - 1) for s in numbers))
+        passing = Fraction(accumulate, 2 if pipeline == "dualpipe" else 1)
+        found.append(tuple(Stage(s, ranges[s], passing, kept, s == 0, s == total - 1) for s in numbers))
     return tuple(found)
 
 
 def kept_at_once(pipeline: Pipeline, P: int, rank: int, M: int, V: int = 1) -> int:
     """Forwards of single stages that ``rank`` has done and not yet undone, at most.
 
-    1F1B: the first stage runs ahead by all others. Interleaved, as torch counts its warm-up: ``(V - 1) * round + 2 * (P - 1 -
-    rank)`` forwards and one more, of rounds of ``M / max(1, M // P)``. DualPipe: P + 1.
+    1F1B: the first stage runs ahead by all others; with fewer micro-batches than ranks all forwards come first. Interleaved, as
+    torch counts its warm-up: ``(V - 1) * R + 2 * (P - 1 - rank)`` forwards and one more, R being ``M / max(1, M // P)``.
+    DualPipe: P + 1.
     """
     if pipeline == "dualpipe":
         return min(P + 1, M)
     if pipeline == "1f1b":
-        return min(P - rank, M)
+        return M if M < P else P - rank
     ahead = (V - 1) * (M // max(1, M // P)) + 2 * (P - 1 - rank)
     return min(ahead + 1, M * V)
 

@@ -57,36 +57,64 @@ class Shares:
         self.first, self.last = ends_of(model)
         kinds: dict[int, int] = {}
         self._kind = [kinds.setdefault(id(block), layer) for layer, block in enumerate(self.blocks)]
+        self._ends = cache(self._of_ends)
         self._block = cache(lambda layer, *where: self._of_parts(self.blocks[layer].parts, *where))
 
-    def of(self, at: Mapping[Axis, int], stage: Stage, *, whole: bool = False) -> Share:
-        """Of one stage what the rank at these coordinates holds; ``whole`` before FSDP shards it."""
-        cut = self.parallel.fsdp and not whole
-        dp, edp = (at["dp"], at["edp"]) if cut else (None, None)
-        found = Share(0, 0)
-        ends = [*(self.first if stage.first else ()), *(self.last if stage.last else ())]
-        if self.tied and stage.first and stage.last:
-            ends = [part for part in ends if part.name != "head.weight"]
-        found += self._of_parts(tuple(ends), dp, edp, 0)
+    def of(self, at: Mapping[Axis, int], stage: Stage, *, sharded: bool) -> Share:
+        """Of one stage what the rank at these coordinates holds, all of it or its shard."""
+        found = self.of_ends(at, stage, sharded=sharded)
         for layer in stage.layers:
-            block = self.blocks[layer]
-            found += self._block(self._kind[layer], dp, edp, self.slots(block, at["ep"]))
+            found += self.of_block(at, layer, sharded=sharded)
         return found
+
+    def of_block(self, at: Mapping[Axis, int], layer: int, *, sharded: bool) -> Share:
+        """Of one block."""
+        dp, edp = (at["dp"], at["edp"]) if sharded else (None, None)
+        return self._block(self._kind[layer], dp, edp, self.slots(self.blocks[layer], at["ep"]))
+
+    def of_ends(self, at: Mapping[Axis, int], stage: Stage, *, sharded: bool) -> Share:
+        """Of embedding, final norm and head, where the stage has them."""
+        dp, edp = (at["dp"], at["edp"]) if sharded else (None, None)
+        return self._ends(stage.first, stage.last, dp, edp)
+
+    def matrices(self, layer: int, ep: int) -> int:
+        """Numbers in the matrices of a block, before FSDP shards them, that products read; routers multiply in fp32."""
+        block = self.blocks[layer]
+        parts = [part for part in block.parts if len(part.shape) > 1 and not part.name.startswith("ffn.router.")]
+        return sum(math.prod(self.local_shape(part, self.slots(block, ep))) for part in parts)
+
+    def kind(self, layer: int) -> int:
+        """The first block of the same shape."""
+        return self._kind[layer]
+
+    def whole_model(self) -> Share:
+        """Every parameter once, whoever holds it."""
+        total = {"dense": 0, "experts": 0}
+        ends = [part for part in (*self.first, *self.last) if not (self.tied and part.name == "head.weight")]
+        for part in (*ends, *(part for block in self.blocks for part in block.parts)):
+            total[part.kind] += math.prod(part.shape)
+        return Share(total["dense"], total["experts"])
 
     def slots(self, block: BlockShape, ep: int) -> int:
         """Expert slots of a place along ep: spread evenly, replicas included (``Placement.even``)."""
         slots = block.experts + (self.parallel.replicas if block.experts else 0)
         return (ep + 1) * slots // self.layout.ep - ep * slots // self.layout.ep
 
+    def _of_ends(self, first: bool, last: bool, dp: int | None, edp: int | None) -> Share:
+        ends = [*(self.first if first else ()), *(self.last if last else ())]
+        if self.tied and first and last:
+            ends = [part for part in ends if part.name != "head.weight"]
+        return self._of_parts(tuple(ends), dp, edp, 0)
+
     def _of_parts(self, parts: tuple[Part, ...], dp: int | None, edp: int | None, slots: int) -> Share:
         counts = {"dense": 0, "experts": 0}
         whole = 0
         for part in parts:
             shape = self.local_shape(part, slots)
-            over, index = ("dp", dp) if part.sharded_over == "dp" else ("edp", edp)
-            if index is not None and self.layout.size(over) > 1:  # type: ignore[arg-type]
+            ranks, index = (self.layout.dp, dp) if part.kind == "dense" else (self.layout.edp, edp)
+            if index is not None and ranks > 1:
                 whole += math.prod(shape)
-                shape = _shard(part, shape, self.layout.size(over), index)  # type: ignore[arg-type]
+                shape = _shard(part, shape, ranks, index)
             counts[part.kind] += math.prod(shape)
         return Share(counts["dense"], counts["experts"], whole)
 
@@ -101,7 +129,7 @@ class Shares:
 
 
 def _shard(part: Part, shape: tuple[int, ...], ranks: int, index: int) -> tuple[int, ...]:
-    dim = 1 if part.sharded_over == "edp" and len(shape) > 1 and shape[1] % ranks == 0 else 0
+    dim = 1 if part.kind == "experts" and len(shape) > 1 and shape[1] % ranks == 0 else 0
     piece = -(-shape[dim] // ranks)
     held = min((index + 1) * piece, shape[dim]) - min(index * piece, shape[dim])
     return (*shape[:dim], held, *shape[dim + 1 :])

@@ -1,0 +1,210 @@
+"""The forecast of one rank, added up over its stages and their blocks.
+
+Legend: T tokens of a rank and micro-batch, D model width, b bytes of an activation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+from functools import cache
+
+from moesaic.cost.activations import Activations, block_activations, head_activations
+from moesaic.cost.blocks import BlockShape
+from moesaic.cost.communication import all_reduce_bytes, gather_bytes
+from moesaic.cost.count import only
+from moesaic.cost.flops import part_flops
+from moesaic.cost.forecast import Memory, RankForecast, Sharded, Traffic, Training
+from moesaic.cost.load import Load, uniform
+from moesaic.cost.rows import At, Rows
+from moesaic.cost.schedule import Stage, stages_of
+from moesaic.cost.shares import Share, Shares
+from moesaic.layout import Layout, ParallelConfig
+from moesaic.models.config import ModelConfig
+
+
+class RankWork:
+    """All that ranks of one layout have in common."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        layout: Layout,
+        training: Training,
+        load: Load,
+        blocks: tuple[BlockShape, ...],
+        ranges: Sequence[range],
+    ) -> None:
+        self.model, self.parallel, self.layout, self.training, self.load = model, parallel, layout, training, load
+        self.shares = Shares(model, parallel, layout, blocks)
+        self.pipeline = training.pipeline or parallel.schedule
+        self.stages = stages_of(ranges, layout.pp, training.accumulate, self.pipeline)
+        self.sharded: Sharded = training.sharded or ("all" if parallel.fsdp else "nothing")
+        self.rows = Rows(parallel, layout, training, load, self.shares, model.dim)
+        self.flops_of = cache(self._flops_of)
+
+    def alike(self, at: At) -> object:
+        """Equal for two ranks that everything is the same for."""
+        kinds = {id(block): layer for layer, block in enumerate(self.shares.blocks) if block.experts}
+        layers = kinds.values() if self.load is uniform else [i for i, b in enumerate(self.shares.blocks) if b.experts]
+        sharded = self.sharded != "nothing"
+        return (
+            at["pp"],
+            self.rows.tokens(at["dp"]),
+            self.rows.own_tokens(at["dp"] * self.layout.tp + at["tp"]),
+            self.rows.group_tokens(at["edp"], at["etp"]),
+            tuple(self.rows.share_of_ep(layer, at["ep"]) for layer in layers),
+            tuple(self.shares.of(at, stage, sharded=sharded) for stage in self.stages[at["pp"]]),
+        )
+
+    # ---- one rank ------------------------------------------------------------------------------------------------
+
+    def rank(self, at: At) -> RankForecast:
+        """Everything about the rank at these coordinates; ``ranks`` stay empty."""
+        stages = self.stages[at["pp"]]
+        held = sum((self.shares.of(at, stage, sharded=self.sharded == "all") for stage in stages), Share(0, 0))
+        exchange = slices = rows = flops = sent = Fraction(0)
+        for stage in stages:
+            M, T = stage.micro_batches, self.rows.tokens(at["dp"])
+            for layer in stage.layers:
+                own, received = self.rows.of(at, layer)
+                rows += received * M
+                exchange += self.rows.exchange(at, layer, own, received) * M
+                slices += self._slices(at, layer) * M
+                flops += self._block_flops(at, layer, received) * M
+            if stage.last:
+                flops += 3 * 2 * self.model.dim * self.model.vocab_size * T * M
+            if self.layout.pp > 1:
+                sent += ((not stage.first) + (not stage.last)) * T * self.model.dim * self.training.b * M
+        gradients, weights = self._copies(at, stages)
+        return RankForecast(
+            ranks=(),
+            layers=tuple(layer for stage in stages for layer in stage.layers),
+            parameters=held,
+            memory=self._memory(at, stages, held),
+            traffic=Traffic(round(exchange), gradients, weights, round(slices), round(sent)),
+            expert_rows=round(rows),
+            flops=float(flops),
+        )
+
+    def _slices(self, at: At, layer: int) -> int:
+        """Bytes of the sums of tensor parallelism in a micro-batch (``parallel/regions.py``): out of regions forward, into them
+        backward. Of gradients of single weights that all slices use, a few numbers a layer, nothing is counted.
+        """
+        tp, block, model, b = self.layout.tp, self.shares.blocks[layer], self.model, self.training.b
+        if tp == 1:
+            return 0
+        T, D = math.ceil(self.rows.tokens(at["dp"]) * block.taken), model.dim
+        sums = [T * D * b]  # attention leaves
+        if model.latent is None:
+            sums.append(T * D * b)
+        else:
+            q_width = D if model.latent.q_rank is None else model.latent.q_rank
+            sums += [T * width * b for width in (q_width, model.latent.kv_rank, model.latent.rope_dim)]
+        if model.qk_norm == "projection":
+            sums += [T * 4] * (6 if self.training.recompute else 4)
+        sums += [T * D * b] * 2  # a feed-forward layer, or experts
+        if block.experts:
+            sums.append(round(T * block.rows) * 4)  # weights of rows
+        if block.shared:
+            sums += [T * D * b] * 2
+        return sum(all_reduce_bytes(size, tp) for size in sums)
+
+    def _copies(self, at: At, stages: tuple[Stage, ...]) -> tuple[int, int]:
+        """Bytes of a step between ranks with copies of the same parameters: sums of gradients, gathers of weights."""
+        layout, precision, M = self.layout, self.training.precision, self.training.accumulate
+        gradients = weights = 0
+        for stage in stages:
+            ends = self.shares.of_ends(at, stage, sharded=False)
+            blocks = [self.shares.of_block(at, layer, sharded=False) for layer in stage.layers]
+            for share, gathers in [(ends, 1), *((block, 2) for block in blocks)]:
+                for number, ranks in ((share.dense, layout.dp), (share.experts, layout.edp)):
+                    if self.sharded == "nothing":
+                        gradients += all_reduce_bytes(number * precision.gradient, ranks)
+                        continue
+                    # FSDP gathers a block for its forward and again for its backward, the rest once, in every micro-batch.
+                    often = M if self.sharded == "all" else 1
+                    gradients += gather_bytes(number * precision.gradient, ranks) * often
+                    weights += (
+                        gather_bytes(number * precision.weight, ranks)
+                        * often
+                        * (gathers if self.sharded == "all" else 1)
+                    )
+            if self.model.tie_embeddings and stage.first != stage.last:
+                gradients += all_reduce_bytes(self.model.vocab_size * self.model.dim * precision.gradient, 2)
+            gradients += sum(self._replica_gradients(layer) for layer in stage.layers)
+        return gradients, weights
+
+    def _replica_gradients(self, layer: int) -> int:
+        """Gradients of copied experts, each a copy of another expert, summed over the group."""
+        if not self.parallel.replicas or not (E := self.shares.blocks[layer].experts):
+            return 0
+        parts = [part for part in self.shares.blocks[layer].parts if part.kind == "experts"]
+        one = sum(math.prod(self.shares.local_shape(part, E)) // E for part in parts)
+        size = min(self.parallel.replicas, E) * one * self.training.precision.gradient
+        return all_reduce_bytes(size, self.layout.ep)
+
+    # ---- memory --------------------------------------------------------------------------------------------------
+
+    def _memory(self, at: At, stages: tuple[Stage, ...], held: Share) -> Memory:
+        precision = self.training.precision
+        state = held.total
+        if self.sharded == "optimizer":
+            state = sum(self.shares.of(at, stage, sharded=True).total for stage in stages)
+        # DualPipe has every stage on two ranks, which share the state of its optimiser.
+        state //= 2 if self.pipeline == "dualpipe" else 1
+        kept, casts, again = Fraction(0), Fraction(0), 0
+        for stage in stages:
+            for layer in stage.layers:
+                found = self._activations(at, layer)
+                if self.training.recompute:
+                    kept += found.recomputed * stage.kept
+                    again = max(again, found.kept - found.recomputed + found.casts)
+                else:
+                    kept += found.kept * stage.kept
+                    casts += found.casts * stage.kept
+            if stage.last:
+                kept += head_activations(self.model, self.rows.tokens(at["dp"]), self.training.b)
+                casts += 2 * self.model.vocab_size * self.model.dim * (self.training.b < 4 == precision.weight)
+        return Memory(
+            weights=held.total * precision.weight,
+            gradients=held.total * precision.gradient,
+            optimizer=state * precision.optimizer,
+            gathered=2 * held.gathered * precision.weight,
+            activations=round(kept) + again,
+            casts=round(casts),
+        )
+
+    def _activations(self, at: At, layer: int) -> Activations:
+        block, layout = self.shares.blocks[layer], self.layout
+        own, received = self.rows.of(at, layer)
+        # Weights that are kept in 16 bits need no copies.
+        numbers = self.shares.matrices(layer, at["ep"]) if self.training.precision.weight == 4 else 0
+        return block_activations(
+            self.model, block, self.rows.tokens(at["dp"]), float(own), float(received), self.training.b,
+            tp=layout.tp, etp=layout.etp, casts=numbers,
+        )  # fmt: skip
+
+    # ---- work ----------------------------------------------------------------------------------------------------
+
+    def _block_flops(self, at: At, layer: int, received: Fraction) -> Fraction:
+        """Forward and backward of a block in one micro-batch; all ranks of a tp group compute the router."""
+        block = self.shares.blocks[layer]
+        parts = self.flops_of(self.shares.kind(layer), self.model.window(layer))
+        T = self.rows.tokens(at["dp"]) * block.taken
+        experts = float(received) * parts["row"] / self.layout.etp
+        shared_out = {name: flops for name, flops in parts.items() if name not in ("router", "experts", "row")}
+        forward = T * (parts.get("router", 0.0) + sum(shared_out.values()) / self.layout.tp) + experts
+        return Fraction(forward) * (4 if self.training.recompute else 3)
+
+    def _flops_of(self, layer: int, window: int | None) -> dict[str, float]:
+        """Forward FLOPs per token of a block by part, and under "row" of one row of its experts."""
+        config = replace(only(self.model, [layer]), sliding_window=window)
+        parts = part_flops(config, self.training.seq_len, 1)
+        del parts["head"]
+        rows = self.shares.blocks[layer].rows
+        parts["row"] = parts.get("experts", 0.0) / rows if rows else 0.0
+        return parts
