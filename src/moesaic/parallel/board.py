@@ -161,17 +161,19 @@ def missing(sights: Mapping[int, Sight], axis: str, entered: int) -> tuple[str, 
             tell who has entered it. entered: how many collectives this rank has entered on that axis, this one included.
     """
     found: dict[int, str] = {}
+    second_hand: dict[int, str] = {}
     for rank, sight in sorted(sights.items()):
         record = sight.record
-        if record.ended is not None:
-            found[rank] = f"rank {rank} has ended: {record.ended}"
-            if record.blames:
-                found[rank] = f"rank {rank} has ended because of rank {', '.join(map(str, record.blames))}"
+        if record.blames:
+            second_hand[rank] = f"rank {rank} has ended because of rank {', '.join(map(str, record.blames))}"
+        elif record.ended is not None:
+            found[rank] = f"rank {rank} has ended: {record.ended.removeprefix(f'Rank {rank}: ').rstrip('.')}"
         elif not sight.alive:
             ago = max(time.time() - record.at, 0.0)
             found[rank] = f"rank {rank} does not answer, last heard of {ago:.0f} s ago {record.place()}"
         elif axis and record.entered.get(axis, 0) < entered:
             found[rank] = f"rank {rank} has not entered it, it is {record.place()} for {record.since_s:.0f} s"
+    found = found or second_hand
     words = list(found.values())
     more = f"; and so on for {len(words) - SHOWN} more" if len(words) > SHOWN else ""
     return "; ".join(words[:SHOWN]) + more, tuple(found)

@@ -99,11 +99,18 @@ class Started:
                 dist.destroy_process_group()
 
 
-def start_processes(timeout_s: float, *, device: Device = "auto", environ: Mapping[str, str] = os.environ) -> Started:
+def start_processes(
+    timeout_s: float,
+    *,
+    join_s: float | None = None,
+    device: Device = "auto",
+    environ: Mapping[str, str] = os.environ,
+) -> Started:
     """Join the run that torchrun describes in the environment, or begin one alone.
 
     Args:
-        timeout_s: within which all ranks must come, and which a collective may take.
+        timeout_s: what a collective may take.
+        join_s: within which all ranks must come; None is ``timeout_s``, and two minutes at least.
         device: "auto" is one GPU per process where there are any, else the processor.
 
     Raises ``ConfigError`` where environment and machine do not fit, ``MoesaicError`` where the others cannot be reached or do
@@ -117,7 +124,8 @@ def start_processes(timeout_s: float, *, device: Device = "auto", environ: Mappi
         torch.set_num_threads(number)
     if "GLOO_SOCKET_IFNAME" not in environ and (interface := interface_to(launch.host, launch.one_node)):
         os.environ["GLOO_SOCKET_IFNAME"] = interface
-    store = roll_call(_connect(launch, timeout_s), launch.rank, launch.world, timeout_s)
+    join_s = max(timeout_s, 120.0) if join_s is None else join_s
+    store = roll_call(_connect(launch, join_s), launch.rank, launch.world, join_s)
     queues = mine.type == "cuda"
     watch = Watch(launch.rank, timeout_s, _cuda_mark if queues else None)
     watch.board = Board(store, launch.rank, launch.world, watch.record)

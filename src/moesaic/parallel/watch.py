@@ -31,7 +31,8 @@ _CONNECTION = re.compile(
     "Connection (closed|reset|refused)|Application timeout|Timed out waiting|Broken pipe|NCCL|gloo/|wait timeout"
 )
 _TOO_LONG = re.compile("timed? ?out", re.IGNORECASE)
-_SOURCE_PLACE = re.compile(r"^\[[^]]*\] ")
+_SOURCE_PLACE = re.compile(r"^\[[^]]*\] (?:\w+ error \S+: )?")
+_ADVICE = re.compile(r"\. This is typically caused by.*")
 
 
 class CollectiveError(MoesaicError):
@@ -126,19 +127,22 @@ class Watch:
         if _TOO_LONG.search(reason):
             sentence = f"Rank {self.rank}: {name} took longer than {self.timeout_s:g} s{where}."
         else:
-            sentence = (
-                f"Rank {self.rank}: {name} failed{where}: {_SOURCE_PLACE.sub('', reason.strip()).splitlines()[0]}."
-            )
+            said = _ADVICE.sub("", _SOURCE_PLACE.sub("", reason.strip().splitlines()[0])).rstrip(". ")
+            sentence = f"Rank {self.rank}: {name} failed{where}: {said}."
         if self.board is None:
             return CollectiveError(sentence)
         words, blames = self._missing(self.board, entry)
-        sentence += f" {words[0].upper()}{words[1:]}."
+        if words:
+            sentence += f" {words[0].upper()}{words[1:]}."
         self.board.end(sentence, blames)
         return CollectiveError(sentence)
 
     def _missing(self, board: Board, entry: Collective | None) -> tuple[str, tuple[int, ...]]:
         ranks = range(board.world) if entry is None else entry.ranks
-        sights = board.look([rank for rank in ranks if rank != self.rank])
+        others = [rank for rank in ranks if rank != self.rank]
+        sights = board.look(others)
+        if not others:
+            return "", ()
         if not sights:
             return "the store of the run does not answer: its node, or the way there, is gone", ()
         axis = "" if entry is None else entry.axis
