@@ -55,8 +55,8 @@ CASES_OF_2 = [
     Case("1f1b", (1, 3, 4)),
     Case("1f1b, fp64, untied, shared expert", (3,), {"tie_embeddings": False}, {"shared": 1, "shared_gate": True}, **FP64),
     Case("1f1b, fp64, losses on both stages", (1, 4), {}, {"every": 1, "shared": 1}, **FP64),
-    Case("interleaved", (4, 1, 2), {}, {"every": 1, "shared": 1}, stages_per_rank=2),
-    Case("interleaved, fp64", (3, 4), {"tie_embeddings": False}, {"every": 1}, stages_per_rank=2, **FP64),
+    Case("interleaved", (4, 2), {}, {"every": 1, "shared": 1}, stages_per_rank=2),
+    Case("interleaved, fp64", (2, 6), {"tie_embeddings": False}, {"every": 1}, stages_per_rank=2, **FP64),
     Case("a stage without sparse layer", (2,), {}, {"layers": (3,)}),
     Case("windows, depth, post-norm", (2,), {
         "sliding_window": (0, 3, 0, 2), "norm_placement": "post", "depth": DepthConfig(capacity=0.5, allow_leak=True)

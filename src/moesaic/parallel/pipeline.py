@@ -45,11 +45,10 @@ _SCHEDULES = 8  # kept; each holds its buffers
 
 def check_micro_batches(number: int, pp: int, stages_per_rank: int = 1) -> None:
     """Raises ``ConfigError`` for a number of micro-batches that the schedule cannot run."""
-    rounds = max(1, number // pp)
-    if stages_per_rank > 1 and number % rounds:
+    if stages_per_rank > 1 and number % pp:
         raise ConfigError(
-            f'parallel.schedule="interleaved" with pp={pp} takes micro-batches in rounds of {pp}, and accumulate={number} is '
-            f'no multiple of that; choose accumulate={rounds * pp} or {(rounds + 1) * pp}, or schedule="1f1b".'
+            f'parallel.schedule="interleaved" sends micro-batches in rounds of pp={pp}, and accumulate={number} is no multiple '
+            f'of it; choose accumulate={-(-number // pp) * pp}, or schedule="1f1b".'
         )
 
 

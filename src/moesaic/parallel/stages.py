@@ -199,7 +199,7 @@ class _WithLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
         ctx.like = loss.dtype, loss.device
-        return x.view_as(x)
+        return x.detach()  # the same numbers; a view would make FSDP warn of changes in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:

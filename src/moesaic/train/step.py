@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moesaic.data.packing import IGNORE, Batch
 from moesaic.models.decoder import Decoder
+from moesaic.models.inputs import inputs_of
 from moesaic.models.output import Output
 from moesaic.parallel.apply import Spread
 from moesaic.parallel.gradients import local
@@ -30,10 +31,9 @@ from moesaic.train.reading import Plans, StepReading, over_ranks, take_reading, 
 
 
 def forward(model: Decoder, batch: Batch) -> Output:
-    """The model on a packed batch; masks that would say nothing are left out, which keeps attention on its fast path."""
-    valid_BS = None if bool(batch.valid_BS.all()) else batch.valid_BS
-    documents_BS = batch.document_BS if bool((batch.document_BS[:, :1] != batch.document_BS).any()) else None
-    return model(batch.ids_BS, valid_BS=valid_BS, document_BS=documents_BS, task_BS=batch.label_BS)  # type: ignore[no-any-return]
+    """The model on a packed batch."""
+    output: Output = model(**inputs_of(batch))
+    return output
 
 
 def lm_losses(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
