@@ -58,8 +58,11 @@ def block_activations(
         # fp32 scores; the router reads its input in fp32.
         plan = T * 4 * (block.experts + block.special) + sent * _PLAN_ROW + (T * 4 * model.dim if b < 4 else 0)
         width = model.dim // block.heads
-        inside += received * (width * b + _network(model, block.hidden, b) / etp) + sent * (width * b + _EXECUTED_ROW)
+        # Rows come back to be summed in fp32.
+        inside += received * (width * b + _network(model, block.hidden, b) / etp) + sent * (width * 4 + _EXECUTED_ROW)
         inside += T * _network(model, block.shared, b) / tp
+        if b < 4 and not block.shared:  # the norm's output: the router has its own copy, experts their rows
+            inside -= T * model.dim * b
     else:
         inside += T * _network(model, block.hidden, b) / tp
     return Activations(round(norms + plan + inside), round(norms + plan), 2 * casts if b < 4 else 0)
@@ -85,7 +88,8 @@ def _attention(model: ModelConfig, b: int) -> int:
     if (latent := model.latent) is not None:
         keys = heads * model.heads_dim
         made = heads * (latent.nope_dim + latent.value_dim)
-        kept = (2 * keys + made + heads * latent.value_dim) * b + statistic
+        # The output twice, in the order of heads and in that of positions; latent and rotary key side by side.
+        kept = (2 * keys + made + 2 * heads * latent.value_dim + latent.rope_dim * (2 if b == 4 else 1)) * b + statistic
         return kept + _norm(model, latent.kv_rank, b) + (_norm(model, latent.q_rank, b) if latent.q_rank else 0)
     turned = (heads + model.kv_heads) * model.heads_dim
     kept = (turned + model.kv_heads * model.heads_dim + heads * model.heads_dim) * b + statistic
