@@ -23,6 +23,8 @@ from moesaic.errors import MoesaicError
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
+_PAUSE_S = 0.2  # between two looks, at most
+
 
 def roll_call(store: Store, rank: int, world: int, timeout_s: float) -> Store:
     """The part of ``store`` that belongs to this attempt alone; returns when all ranks are there.
@@ -30,7 +32,12 @@ def roll_call(store: Store, rank: int, world: int, timeout_s: float) -> Store:
     Raises ``MoesaicError`` in words, on all that are there: which ranks did not come in time, or were started for another
     number of processes, or twice.
     """
-    return _RollCall(PrefixStore("moesaic", store), rank, world).hold(timeout_s)
+    try:
+        return _RollCall(PrefixStore("moesaic", store), rank, world).hold(timeout_s)
+    except RuntimeError as error:
+        raise MoesaicError(
+            f"Rank {rank}: the run's store went away while the ranks were called; the process that keeps it has ended."
+        ) from error
 
 
 class _RollCall:
@@ -55,7 +62,7 @@ class _RollCall:
             if time.monotonic() > late + (0 if self.rank == 0 else 5):
                 raise MoesaicError(self._too_late(timeout_s))
             time.sleep(pause)
-            pause = min(2 * pause, 0.2)
+            pause = min(2 * pause, _PAUSE_S)
         return PrefixStore(f"round{self.round}", self.store)
 
     def _begun(self) -> bool:
@@ -63,6 +70,7 @@ class _RollCall:
         if not self.round or not self.store.check([f"go/{self.round}"]):
             return False
         if failed := self.store.get(f"go/{self.round}").decode():
+            self._linger()
             raise MoesaicError(f"Rank {self.rank}: {failed}")
         return True
 
@@ -105,4 +113,10 @@ class _RollCall:
         )
         if self.round:
             self.store.set(f"go/{self.round}", failed)
+            self._linger()
         return f"Rank 0: {failed}"
+
+    def _linger(self) -> None:
+        """Rank 0 may keep the store: the others first read why there is no run."""
+        if self.rank == 0:
+            time.sleep(5 * _PAUSE_S)

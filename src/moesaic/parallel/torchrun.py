@@ -26,6 +26,7 @@ from pathlib import Path
 
 from moesaic.errors import ConfigError
 
+_PARENT_ENVIRON = "/proc/{}/environ"  # Linux: what a process was started with
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -140,7 +141,7 @@ def _set_by_torchrun(environ: Mapping[str, str]) -> bool:
     if environ["OMP_NUM_THREADS"] != "1" or "TORCHELASTIC_RUN_ID" not in environ:
         return False
     try:
-        started_with = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+        started_with = Path(_PARENT_ENVIRON.format(os.getppid())).read_bytes().split(b"\0")
     except OSError:
         return False
     return not any(entry.startswith(b"OMP_NUM_THREADS=") for entry in started_with)
