@@ -93,7 +93,9 @@ def cut_evenly(costs: Sequence[int], parts: int) -> list[int]:
         else:
             low = limit + 1
     greedy = _from_the_end(total, low)  # may need fewer parts; further cuts make no run larger
-    earliest = [0] * (parts + 1 - len(greedy)) + greedy  # where a part may begin so that those behind it suffice for the rest
+    earliest = [0] * (
+        parts + 1 - len(greedy)
+    ) + greedy  # where a part may begin so that those behind it suffice for the rest
     bounds = [0]
     for i in range(1, parts):
         first = max(earliest[i], bounds[-1] + 1)
@@ -115,22 +117,23 @@ def _from_the_end(total: Sequence[int], limit: int) -> list[int]:
 
 def check_stages(model: Decoder, ranges: Sequence[range]) -> None:
     """Raises ``ConfigError`` where a layer needs to know what only another stage knows. A model on the meta device will do."""
-    of_layer = {layer: stage for stage, layers in enumerate(ranges) for layer in layers}
+    stage_of = {layer: stage for stage, layers in enumerate(ranges) for layer in layers}
     sparse, moe = model.moe_layers(), model.config.moe
-    apart = len({of_layer[layer] for layer in sparse}) > 1
+    before: int | None = None
     for layer, ffn in sparse.items():
         facts, where = ffn.router.facts, f'Router "{moe.router.name}" of block {layer}' if moe else ""
-        if facts.reads_previous and apart:
+        if facts.reads_previous and before is not None and stage_of[before] != stage_of[layer]:
             raise ConfigError(
-                f"{where} reads what the sparse layer before it decided, and the sparse layers of this model lie on several "
-                "pipeline stages, between which only activations travel; set parallel.pp=1, or choose another router."
+                f"{where} reads what that of block {before} decided, which lies on another pipeline stage, and between stages "
+                "only activations travel; set parallel.pp=1, or choose another router."
             )
-        if facts.reads_loss and of_layer[layer] != len(ranges) - 1:
+        if facts.reads_loss and stage_of[layer] != len(ranges) - 1:
             raise ConfigError(
                 f"{where} learns from the loss of every token, which only the last pipeline stage knows, and the block is on "
-                f"stage {of_layer[layer]} of {len(ranges)}; set parallel.pp=1, or choose another router."
+                f"stage {stage_of[layer]} of {len(ranges)}; set parallel.pp=1, or choose another router."
             )
-    if moe is not None and moe.gating_dropout and apart:
+        before = layer
+    if moe is not None and moe.gating_dropout and len({stage_of[layer] for layer in sparse}) > 1:
         raise ConfigError(
             f"model.moe.gating_dropout={moe.gating_dropout} draws once for all sparse layers, and those of this model lie on "
             "several pipeline stages; set it to 0, or parallel.pp=1."
