@@ -200,7 +200,7 @@ def open_model(folder: str | os.PathLike[str], verify: bool = True) -> Opened:
         )
     model = empty_model(config, folder / "config.json")
     model.source = source
-    return Opened(folder, infos, _match(model, infos, folder), model)
+    return Opened(folder, infos, match_tensors(model, infos, folder), model)
 
 
 def empty_model(config: ModelConfig, source: Path) -> Decoder:
@@ -247,7 +247,7 @@ def load_into(model: nn.Module, folder: str | os.PathLike[str], verify: bool = T
     if differences:
         raise CheckpointError(f"{folder} holds a model of another architecture: {'; '.join(differences[:3])}.")
     infos = _checked_tensors(folder, verify)
-    groups = _match(model, infos, folder)
+    groups = match_tensors(model, infos, folder)
     state = model.state_dict()
     for saved, info in infos.items():
         if info.dtype != state[saved].dtype:
@@ -309,7 +309,7 @@ def tied_names(model: nn.Module) -> list[list[str]]:
     return list(tied.values())
 
 
-def _match(model: nn.Module, infos: Mapping[str, TensorInfo], folder: Path) -> dict[str, list[str]]:
+def match_tensors(model: nn.Module, infos: Mapping[str, TensorInfo], folder: Path) -> dict[str, list[str]]:
     """Saved name -> the model's names of that tensor (several when tied); raises on anything that does not fit."""
     expected = model.state_dict()
     groups: dict[str, list[str]] = {}

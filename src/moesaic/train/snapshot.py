@@ -115,6 +115,7 @@ def resolve_model_folder(path: str | os.PathLike[str]) -> Path:
         found = best_snapshot(path) or latest_snapshot(path)
         if found is None:
             raise CheckpointError(f"The training run {path} has no complete checkpoint yet.")
+        _refuse_sharded(found)
         return found
     if (path / "sparse").is_dir():
         return resolve_model_folder(path / "sparse")
@@ -138,6 +139,7 @@ def restore_snapshot(
     """
     folder = settle(folder)
     verify_folder(folder)
+    _refuse_sharded(folder)
     path = safe_member(folder, "training.json")
     training = read_json(path)
     if training.get("version") != VERSION:
@@ -145,6 +147,10 @@ def restore_snapshot(
             f"{path} is of version {show(training.get('version'))}; this moesaic reads {VERSION}. Update moesaic."
         )
     tensors = dict(read_tensors(find_tensors(folder, "training")))
+    if "random/cpu" not in tensors:
+        raise CheckpointError(
+            f"{path.with_suffix('.safetensors')} holds no random state, so the run cannot go on as it was."
+        )
     try:
         packed, state, step = training["optimizer"], training["state"], training["step"]
         check_optimizer(packed, model, optimizer, str(path))
@@ -154,6 +160,14 @@ def restore_snapshot(
         raise CheckpointError(f"{path} was not written by moesaic: its fields do not fit ({error}).") from error
     _set_random_states(tensors)
     return {**state, "step": step}
+
+
+def _refuse_sharded(folder: Path) -> None:
+    if (folder / "sharded.json").exists():
+        raise CheckpointError(
+            f"{folder} was saved in parts by several processes; make it one with moesaic.train.sharded.consolidate, or go on "
+            "with it under torchrun."
+        )
 
 
 def _random_states() -> dict[str, torch.Tensor]:

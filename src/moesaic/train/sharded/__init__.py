@@ -1,0 +1,1 @@
+"""Checkpoints of many ranks: saved under one layout, loaded under any other, made one file again."""
