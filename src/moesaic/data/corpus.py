@@ -18,6 +18,10 @@ from moesaic.data.packing import PackedRows
 from moesaic.data.readers import Document, read_documents
 from moesaic.data.split import TokenView, split
 from moesaic.data.stdlib_corpus import StdlibCorpus, stdlib_corpus
+from moesaic.data.stream.patient import Patience
+from moesaic.data.stream.shards import list_shards
+from moesaic.data.stream.texts import Text, Texts
+from moesaic.data.stream.tokens import TokenStream
 from moesaic.data.tokens import TokenCache, cached_documents, cached_tokens
 from moesaic.errors import DataError
 from moesaic.tokenizer import load_tokenizer, train_bpe
@@ -32,12 +36,13 @@ class Corpus:
 
     Attributes:
         tokenizer: given or trained.
-        train, val: disjoint documents (see ``data.split``).
+        train: tokens in memory, or a stream of them.
+        val: tokens of other documents (see ``data.split``, ``data.stream``).
         fingerprint: names exactly these tokens; a resumed run must find the same.
     """
 
     tokenizer: Tokenizer
-    train: TokenView
+    train: TokenView | TokenStream
     val: TokenView
     fingerprint: str
 
@@ -53,6 +58,8 @@ class Corpus:
 
     def feed(self, seq_len: int, batch_size: int, accumulate: int, seed: int) -> Feed:
         """The training text in steps of ``accumulate`` micro-batches of ``batch_size`` rows."""
+        if isinstance(self.train, TokenStream):
+            return self.train.feed(seq_len, batch_size, accumulate, seed)
         return RowFeed(PackedRows(self.train, seq_len), batch_size, accumulate, seed)
 
 
@@ -69,14 +76,19 @@ def cache_root(config: DataConfig) -> Path:
 def load_corpus(
     config: DataConfig, seed: int = 0, say: Say = lambda _: None, tokenizer: Tokenizer | None = None
 ) -> Corpus:
-    """Read, tokenise once into the cache, and split. ``tokenizer`` (of a resumed run) wins over the configured one.
+    """Read, tokenise once into the cache, and split; or list the shards of a stream and read its held-out documents.
 
-    Raises ``DataError`` and ``ConfigError`` in the words of ``readers``, ``tokens`` and ``split``.
+    ``tokenizer`` (of a resumed run) wins over the configured one. ``seed`` chooses the split of text in memory.
+    Raises ``DataError`` and ``ConfigError`` in the words of ``readers``, ``tokens``, ``split`` and ``stream``.
     """
     if not config.sources:
         raise DataError("There is no text to train on; name files or folders with --data, or use --data stdlib.")
+    if tokenizer is None and config.tokenizer:
+        tokenizer = load_tokenizer(config.tokenizer)
+    if config.stream:
+        return _open_stream(config, say, tokenizer)
     if tokenizer is None:
-        tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else _learn_tokenizer(config, say)
+        tokenizer = _learn_tokenizer(config, say)
     store = load_store(config, tokenizer, say)
     train, val = split(store, config.val_fraction, seed)
     say(
@@ -84,6 +96,20 @@ def load_corpus(
         f"{store.view.num_documents:,} documents, domains: {', '.join(train.labels)}."
     )
     return Corpus(tokenizer, train, val, _fingerprint(store))
+
+
+def _open_stream(config: DataConfig, say: Say, tokenizer: Tokenizer | None) -> Corpus:
+    patience = Patience(config.retries, say)
+    texts = Texts(config, list_shards(config, patience), patience)
+    size = sum(shard.size for shard in texts.shards) / 1e6
+    say(f"Streaming {len(texts.shards):,} shards ({size:,.1f} MB), domains: {', '.join(texts.labels)}.")
+    if tokenizer is None:
+        say(f"Training a byte-level BPE tokenizer of {config.vocab_size:,} tokens on the beginning of the stream ...")
+        tokenizer = train_bpe(_first_bytes(texts.spread(held_out=False)), config.vocab_size)
+    stream = TokenStream(texts, tokenizer)
+    val = stream.held_out()
+    say(f"{val.num_tokens:,} validation tokens in {val.num_documents:,} documents held out.")
+    return Corpus(tokenizer, stream, val, stream.fingerprint)
 
 
 def _fingerprint(store: TokenCache) -> str:
@@ -139,7 +165,7 @@ def _read(config: DataConfig) -> Iterable[Document]:
     )
 
 
-def _first_bytes(documents: Iterable[Document]) -> Iterator[str]:
+def _first_bytes(documents: Iterable[Document | Text]) -> Iterator[str]:
     left = _BPE_BYTES
     for document in documents:
         yield document.text[:left]

@@ -66,7 +66,7 @@ class Documents(Iterator[Document]):
                 self._empty = False
                 return found
             if self._on_error == "raise":
-                raise DataError(f'{found} Such records are left out with on_error="skip" (--set data.on_error=skip).')
+                raise unwanted(found)
             self.skipped += 1
             if len(self.problems) < 10:
                 self.problems.append(str(found))
@@ -78,6 +78,11 @@ class Documents(Iterator[Document]):
                 f"{self._source} holds no text{broken}; give a source with at least one non-blank document."
             )
         raise StopIteration
+
+
+def unwanted(found: DataError) -> DataError:
+    """The error that stops the reading at a broken record, with the way to go on without it."""
+    return DataError(f'{found} Such records are left out with on_error="skip" (--set data.on_error=skip).')
 
 
 def read_documents(
@@ -110,7 +115,7 @@ def read_documents(
     _check_option("document", document, ("file", "paragraphs"))
     sources = [os.fspath(one) for one in ([source] if isinstance(source, str | os.PathLike) else source)]
     places = resolve(sources)
-    labels = _labels(places, label_by, named_one_by_one=len(places) == len(sources))
+    labels = labels_of(places, label_by, named_one_by_one=len(places) == len(sources))
 
     def found() -> Iterator[Document | DataError]:
         for place, label in zip(places, labels, strict=True):
@@ -150,6 +155,8 @@ def resolve(sources: Sequence[str]) -> list[str]:
             if not matches:
                 raise DataError(f'The pattern "{source}" matches no file; check the folder and the suffix.')
             places.extend(matches)
+        elif "://" in source:
+            raise DataError(f"{source} can only be streamed; add --set data.stream=true, or give a local copy.")
         else:
             here = os.listdir(path.parent) if path.parent.is_dir() else []
             raise DataError(f"There is no file or folder {source}.{nearest(path.name, here)}")
@@ -161,6 +168,11 @@ def _files_in(folder: Path) -> list[str]:
     for root, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         names.extend(os.path.join(root, name) for name in sorted(files) if not name.startswith("."))
+    return choose_files(f"The folder {folder}", names)
+
+
+def choose_files(what: str, names: Sequence[str]) -> list[str]:
+    """Those of the files ``names`` found in ``what`` that hold text or data, in the same order. DataError if none does."""
     # .json is left out: beside data it is nearly always a description, not lines.
     data = [name for name in names if name.endswith((*JSON_LINES[:-1], ".parquet"))]
     text = [name for name in names if name.lower().endswith(PLAIN_TEXT)]
@@ -169,9 +181,7 @@ def _files_in(folder: Path) -> list[str]:
     if not data and not text:
         suffixes = sorted({Path(name).suffix or "no suffix" for name in names})[:8]
         has = f"it has only {', '.join(suffixes)} files" if names else "it is empty"
-        raise DataError(
-            f"The folder {folder} holds no text files ({has}); name the files outright to read them anyway."
-        )
+        raise DataError(f"{what} holds no text files ({has}); name the files outright to read them anyway.")
     chosen = set(data) | set(text)
     return [name for name in names if name in chosen]
 
@@ -185,7 +195,8 @@ def _stem(place: str) -> str:
     return _SHARD.sub("", name) or name
 
 
-def _labels(places: Sequence[str], label_by: str, named_one_by_one: bool) -> list[str]:
+def labels_of(places: Sequence[str], label_by: str, named_one_by_one: bool) -> list[str]:
+    """The label of each file, saved data set or hub id; see ``read_documents``."""
     if label_by == "none":
         return ["all"] * len(places)
     stems = [_stem(place) for place in places]

@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
+import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from moesaic.data.readers import Document, Documents, LabelBy, read_documents, resolve
 from moesaic.data.split import TokenView, split
 from moesaic.errors import DataError, MoesaicError, disk_errors
-from moesaic.tokenizer import eos_id, is_byte_level, lone_surrogate
+from moesaic.tokenizer import encode, eos_id, is_byte_level, lone_surrogate
 
 __all__ = [
     "Progress",
@@ -66,7 +67,8 @@ def tokenizer_sha256(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(tokenizer.to_str().encode("utf-8")).hexdigest()
 
 
-def _pieces(text: str, byte_level: bool) -> Iterator[str]:
+def pieces_of(text: str, byte_level: bool) -> Iterator[str]:
+    """``text`` cut where a cut changes no token, so that a document of any length is encoded in calls of bounded size."""
     # A space between two word characters starts a pre-token in every byte-level tokenizer, so cutting there changes
     # no token. Text without such a place (one long CJK line) is cut anywhere: a token may differ, the bytes do not.
     # Other tokenizers put a mark before the first word of each call, so their documents are encoded whole.
@@ -79,6 +81,14 @@ def _pieces(text: str, byte_level: bool) -> Iterator[str]:
     yield text[start:]
 
 
+def encode_document(tokenizer: Tokenizer, text: str) -> Iterator[npt.NDArray[np.int64]]:
+    """The ids of a document as a store holds them, a few thousand at a time; the end-of-text token is the very last."""
+    pieces = list(pieces_of(text, is_byte_level(tokenizer)))
+    for number, piece in enumerate(pieces, start=1):
+        ids = encode(tokenizer, piece)
+        yield np.array(ids if number < len(pieces) else [*ids, eos_id(tokenizer)], dtype=np.int64)
+
+
 def _batches(documents: Iterable[Document], byte_level: bool) -> Iterator[tuple[list[str], list[Document | None]]]:
     """Pieces of text; beside each the document it ends, or None where more pieces of it follow."""
     pieces: list[str] = []
@@ -89,7 +99,7 @@ def _batches(documents: Iterable[Document], byte_level: bool) -> Iterator[tuple[
             raise DataError(
                 f"{document.where}: the text has half a surrogate pair, which no encoding can carry; remove it."
             )
-        for piece in _pieces(document.text, byte_level):
+        for piece in pieces_of(document.text, byte_level):
             pieces.append(piece)
             ends.append(None)
             size += len(piece)

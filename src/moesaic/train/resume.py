@@ -24,8 +24,9 @@ from moesaic.train.config import TrainConfig
 from moesaic.train.snapshot import latest_snapshot
 
 _FIXED = ("model", "data", "seed", "seq_len", "batch_size", "accumulate", "dtype")
-# Where the same tokens lie; that they are the same is checked by their fingerprint when the run is restored.
-_FREE = ("data.cache_dir", "data.sources")
+# Where the same tokens lie and how they are fetched; that they are the same is checked by their fingerprint, or that of
+# their shards, when the run is restored.
+_FREE = ("data.cache_dir", "data.sources", "data.prefetch", "data.retries")
 
 
 def load_run_config(folder: str | Path) -> TrainConfig:
