@@ -9,7 +9,7 @@ import pytest
 from moesaic.cost.check_layout import check_layout
 from moesaic.errors import ConfigError
 from moesaic.layout import ParallelConfig
-from moesaic.models.config import LatentConfig, ModelConfig, MoEConfig
+from moesaic.models.config import LatentConfig, ModelConfig, MoEConfig, RouterConfig
 from moesaic.plan.capacity import CapacityRule
 
 MOE = MoEConfig(num_experts=10, k=2, hidden=48, shared=1)
@@ -33,7 +33,8 @@ def sparse(**settings: object) -> ModelConfig:
         (SPARSE, ParallelConfig(pp=4), 4),
         (SPARSE, ParallelConfig(pp=2, stages_per_rank=2, schedule="interleaved"), 2),
         (SPARSE, ParallelConfig(ep=4, replicas=2), 4),
-        (sparse(capacity=CapacityRule()), ParallelConfig(ep=2, padded=True), 2),
+        (sparse(capacity=CapacityRule(groups=2)), ParallelConfig(ep=2, padded=True), 2),
+        (sparse(capacity=CapacityRule("exact")), ParallelConfig(), 2),
         (sparse(capacity=CapacityRule(groups=4)), ParallelConfig(), 4),
         (sparse(num_experts=(4, 10, 8, 6)), ParallelConfig(ep=4), 4),
         (LATENT, ParallelConfig(tp=8, etp=1), 8),  # no key/value heads to slice
@@ -70,8 +71,10 @@ def test_what_can_be_passes(model: ModelConfig, parallel: ParallelConfig, world:
         (SPARSE, ParallelConfig(pp=2, stages_per_rank=3, schedule="interleaved"), 2, "6 pipeline stages"),
         (SPARSE, ParallelConfig(), 16, "batch_size=8 has fewer rows than the dp=16 parts"),
         (SPARSE, ParallelConfig(pp=2), 6, "batch_size=8 must be a multiple of dp=3 with pipeline stages"),
-        (sparse(capacity=CapacityRule(groups=2)), ParallelConfig(), 4, "must be multiples of dp=4, so that every"),
-        (sparse(capacity=CapacityRule(groups=3)), ParallelConfig(), 3, "set groups=3 and batch_size=9"),
+        (sparse(capacity=CapacityRule()), ParallelConfig(), 4, "groups=1 cannot be shared equally by dp=4"),
+        (sparse(capacity=CapacityRule(groups=4)), ParallelConfig(), 3, "set groups=6"),
+        (sparse(router=RouterConfig("base", allow_leak=True)), ParallelConfig(), 2, '"base" looks at the other sequences'),
+        (sparse(expert_dropout=0.1), ParallelConfig(tp=2), 2, "expert_dropout=0.1 would drop other units"),
         (SPARSE, ParallelConfig(ep=4, exchange="hierarchical", ranks_per_node=3), 8, "lie [3, 1] on nodes of 3"),
     ],
 )  # fmt: skip

@@ -8,9 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+import torch
+
 from moesaic.errors import ConfigError
+from moesaic.experts.layer import MoE
 from moesaic.layout import Layout, ParallelConfig
+from moesaic.models.build import build_ffn
 from moesaic.models.config import ModelConfig, MoEConfig, pick
+from moesaic.routing.spread import check_spread
 
 _MOST_SLICES = 256  # offered in words
 
@@ -24,13 +29,15 @@ def check_layout(
         batch_size, accumulate: rows of a micro-batch over all processes, micro-batches of a step.
 
     Raises ``ConfigError`` with the reason: processes that form no grid, widths or heads that cannot be sliced, fewer layers
-    than stages, fewer experts than ranks, a batch with too few rows, capacity groups that lie on two ranks.
+    than stages, fewer experts than ranks, a batch with too few rows, capacity groups that lie on two ranks, a router that looks
+    at sequences of other ranks. What only the built model knows of its stages is for ``parallel.stages.check_stages``.
     """
     layout = Layout.of(parallel, world)
     _check_experts(model, parallel, layout)
     _check_slices(model, layout)
     _check_stages(model, parallel, accumulate)
     _check_batch(model, layout, batch_size)
+    _check_router(model, layout)
     _check_nodes(parallel, layout)
     return layout
 
@@ -141,14 +148,23 @@ def _check_batch(model: ModelConfig, layout: Layout, batch_size: int) -> None:
             f"set batch_size={more}."
         )
     rule = None if model.moe is None else model.moe.capacity
-    if rule is None or rule.groups == 1:
-        return
-    if rule.groups % dp or batch_size % dp:
+    if rule is None or (rule.factor == "exact" and rule.max_factor is None):
+        return  # nothing is dropped, so nobody has to know how full experts are
+    if rule.groups % dp:
         raise ConfigError(
-            f"model.moe.capacity.groups={rule.groups} and batch_size={batch_size} must be multiples of dp={dp}, so that every "
-            f"group of tokens lies on one rank; set groups={-(-rule.groups // dp) * dp} and batch_size={more}, or groups=1 for "
-            "one group of all tokens."
+            f"model.moe.capacity.groups={rule.groups} cannot be shared equally by dp={dp} data-parallel ranks, so one group of "
+            f"tokens would lie on two of them; set groups={-(-rule.groups // dp) * dp}, or fewer data-parallel ranks."
         )
+
+
+def _check_router(model: ModelConfig, layout: Layout) -> None:
+    """A router that looks at other sequences must have them all."""
+    if model.moe is None or layout.dp == 1:
+        return
+    with torch.device("meta"):
+        sparse = build_ffn(model, model.moe_layers[0])
+    assert isinstance(sparse, MoE)
+    check_spread(sparse.router, model.moe.router.name, layout.dp)
 
 
 def _check_nodes(parallel: ParallelConfig, layout: Layout) -> None:
