@@ -73,7 +73,7 @@ def test_what_can_be_passes(model: ModelConfig, parallel: ParallelConfig, world:
         (SPARSE, ParallelConfig(pp=2), 6, "batch_size=8 must be a multiple of dp=3 with pipeline stages"),
         (sparse(capacity=CapacityRule()), ParallelConfig(), 4, "groups=1 cannot be shared equally by dp=4"),
         (sparse(capacity=CapacityRule(groups=4)), ParallelConfig(), 3, "set groups=6"),
-        (sparse(router=RouterConfig("base", allow_leak=True)), ParallelConfig(), 2, '"base" looks at the other sequences'),
+        (sparse(router=RouterConfig("base", allow_leak=True), k=1), ParallelConfig(), 2, '"base" looks at the other sequences'),
         (sparse(expert_dropout=0.1), ParallelConfig(tp=2), 2, "expert_dropout=0.1 would drop other units"),
         (SPARSE, ParallelConfig(ep=4, exchange="hierarchical", ranks_per_node=3), 8, "lie [3, 1] on nodes of 3"),
     ],
