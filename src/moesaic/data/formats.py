@@ -278,7 +278,8 @@ def _parquet(name: str, opened: Opener, how: Reading, start: Place) -> Iterator[
             for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=wanted, use_threads=False):
                 chosen = [n for n in range(number, number + len(batch)) if n >= start.record and how.wants(n)]
                 first, number = number, number + len(batch)
-                for n, record in zip(chosen, batch.take([n - first for n in chosen]).to_pylist(), strict=True):
+                records = batch.take(pa.array([n - first for n in chosen], pa.int64())).to_pylist()
+                for n, record in zip(chosen, records, strict=True):
                     yield row_of(record, how.text_field, how.label_field, f"{name}:row {n + 1}", Place(n + 1))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         first_line = next(iter(str(error).splitlines()), "unknown damage")
