@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -10,23 +12,29 @@ from moesaic.parallel.held import Held
 from moesaic.parallel.world import World
 
 
-def gather_logical(held: Held, local: Tensor, world: World) -> Tensor:
-    """The logical tensor that the ranks' ``local`` ones are boxes of.
+def gather_logical(held: Mapping[str, Held], local: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """The logical tensors that the ranks' ``local`` ones are boxes of, by name.
 
     Fails unless every number is held somewhere and all ranks that hold one hold the same bits.
     """
-    parts: list[tuple[Held, Tensor]] = [(held, local)] * world.everyone.size
+    mine = {name: (held[name], tensor.detach()) for name, tensor in local.items()}
+    parts = [mine] * world.everyone.size
     if world.everyone.size > 1:
-        dist.all_gather_object(parts, (held, local.detach()))
-    logical = torch.zeros(held.shape, dtype=local.dtype)
-    known = torch.zeros(held.shape, dtype=torch.bool)
-    for theirs, tensor in parts:
-        assert (theirs.name, theirs.shape, theirs.local) == (held.name, held.shape, tuple(tensor.shape))
-        for box in theirs.boxes:
+        dist.all_gather_object(parts, mine)
+    return {name: _put_together([part[name] for part in parts]) for name in mine}
+
+
+def _put_together(parts: list[tuple[Held, Tensor]]) -> Tensor:
+    first, example = parts[0]
+    logical = torch.zeros(first.shape, dtype=example.dtype)
+    known = torch.zeros(first.shape, dtype=torch.bool)
+    for held, tensor in parts:
+        assert (held.name, held.shape, held.local) == (first.name, first.shape, tuple(tensor.shape))
+        for box in held.boxes:
             place, value = box.logical_slices, tensor[box.local_slices]
             assert torch.equal(logical[place][known[place]], value[known[place]]), f"ranks differ in {held.name}"
             logical[place], known[place] = value, True
-    assert bool(known.all()), f"nobody holds a part of {held.name}"
+    assert bool(known.all()), f"nobody holds a part of {first.name}"
     return logical
 
 

@@ -91,14 +91,14 @@ def whole_model(config: ModelConfig, dtype: torch.dtype) -> Decoder:
 
 
 def sliced_model(
-    whole: Decoder, world: World, recompute: Callable[[Decoder], None] | None = None
+    whole: Decoder, world: World, between: Callable[[Decoder], None] | None = None
 ) -> tuple[Decoder, dict[str, Held]]:
-    """This rank's slices of a copy."""
+    """This rank's slices of a copy; ``between`` is done to it before its dispatchers are sliced."""
     sliced = copy.deepcopy(whole)
     held = hold(sliced)
     slice_model(sliced, world["tp"], world["etp"], held)
-    if recompute is not None:
-        recompute(sliced)
+    if between is not None:
+        between(sliced)
     slice_dispatch(sliced, world["tp"], world["etp"])
     return sliced, held
 
@@ -158,10 +158,10 @@ def compare(whole: Decoder, sliced: Decoder, held: dict[str, Held], world: World
         assert parameter.is_contiguous()
         assert mine[name].shape == parameter.shape
         assert torch.equal(parameter.data, cut_out(held[name], whole.get_parameter(name).data))
-    both = {name: gather_logical(held[name], grad, world) for name, grad in mine.items()}
+    both = gather_logical(held, mine, world)
     found["each gradient"], found["gradients"] = all_apart(both, wanted)
     for model in (whole, sliced):
         make_optimizer(model, OptimConfig(lr=1e-3)).step()
-    both = {name: gather_logical(held[name], p.data, world) for name, p in sliced.named_parameters()}
+    both = gather_logical(held, {n: p.data for n, p in sliced.named_parameters()}, world)
     found["each weight"], found["weights"] = all_apart(both, {n: p.data for n, p in whole.named_parameters()})
     return found

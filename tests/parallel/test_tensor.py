@@ -14,10 +14,13 @@ from moesaic.models import Decoder, ModelConfig, build_model
 from moesaic.parallel import regions
 from moesaic.parallel.apply import hold
 from moesaic.parallel.comm import Group
+from moesaic.parallel.dispatch import ExchangeDispatch
+from moesaic.parallel.exchange import FlatPath
 from moesaic.parallel.held import Box, Held
 from moesaic.parallel.regions import SplitRowsDispatch, enter, leave, once
 from moesaic.parallel.tensor import slice_dispatch, slice_model
 from moesaic.parallel.watch import Watch
+from moesaic.plan.placement import Placement
 from moesaic.plan.plan import RoutingPlan, SoftPlan, from_topk
 from moesaic.train.recompute import recompute_activations
 from tests.distributed import run_distributed
@@ -156,6 +159,30 @@ def test_recomputation_repeats_no_collective_and_caches_hold_own_heads() -> None
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
         assert value.dtype != torch.bool or bool(value), name
+
+
+def behind_an_exchange(rank: int) -> dict[str, Tensor]:
+    found = {}
+    for name in ("everything, sliced", "everything, split"):
+        config, etp = CASES[name]
+        whole, world = whole_model(config, torch.float64), world_of(rank, etp)
+
+        def exchange(model: Decoder, ep: Group = world["ep"]) -> None:
+            for layer in model.moe_layers().values():
+                placement = Placement.even(4, 1)
+                path = FlatPath(ep, placement.slots_per_rank)
+                layer.dispatcher = ExchangeDispatch(path, placement, 0, chunks=2)
+
+        sliced, held = sliced_model(whole, world, exchange)
+        assert all(layer.dispatcher.overlaps for layer in sliced.moe_layers().values())  # type: ignore[attr-defined]
+        found |= {f"{name}: {what}": torch.tensor(e) for what, e in compare(whole, sliced, held, world).items()}
+    return found
+
+
+def test_shared_experts_beside_an_exchange_are_counted_once() -> None:
+    """An exchange computes them while rows travel, inside the region of the experts but no part of it."""
+    for answer in run_distributed(2, behind_an_exchange):
+        assert all(wrong < 1e-12 for wrong in answer.values()), answer
 
 
 # ---- what is held ----------------------------------------------------------------------------------------------------
