@@ -42,12 +42,8 @@ def find_hub_files(files: Any, source: str) -> list[tuple[str, Mapping[str, Any]
 
 
 def _commit(repo: str, revision: str | None) -> str:
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise DataError(
-            f"Streaming hf://{repo} needs huggingface_hub; install it with: pip install 'moesaic[data]'."
-        ) from error
+    import huggingface_hub  # there, as the file system is its
+
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         raise DataError(f"hf://{repo} cannot be streamed while HF_HUB_OFFLINE is set; unset it, or give local files.")
     try:

@@ -114,15 +114,11 @@ def identify(name: str, files: Any, path: str, info: Mapping[str, Any], patience
     for key in _SUMS:
         if info.get(key):
             return size, f"{key}:{info[key]}"
-    return size, patience.attempt(name, lambda: _hash_ends(files, path, size))
-
-
-def _hash_ends(files: Any, path: str, size: int) -> str:
-    with _open(files, path) as file:
+    with io.BufferedReader(PatientFile(name, partial(_open, files, path), size, patience), _ENDS) as file:
         digest = hashlib.sha256(file.read(_ENDS))
         file.seek(max(0, size - _ENDS))
         digest.update(file.read(_ENDS))
-    return f"ends:{digest.hexdigest()[:16]}"
+    return size, f"ends:{digest.hexdigest()[:16]}"
 
 
 def _local(source: str) -> list[str]:
@@ -138,10 +134,11 @@ def _find(address: str) -> list[Found]:
     files, path = file_system(address)
     web = address.startswith(("http://", "https://"))  # whose files may have a "?" in their address, and no folders
     if "*" in path or "[" in path or ("?" in path and not web):
-        matches = files.glob(path, detail=True)
+        found = files.glob(path, detail=True)
+        matches = [name for name in sorted(found) if found[name].get("type") != "directory" and "/." not in f"/{name}"]
         if not matches:
             raise DataError(f'The pattern "{address}" matches no file; check the folder and the suffix.')
-        return [(files, name, matches[name]) for name in sorted(matches) if matches[name].get("type") != "directory"]
+        return [(files, name, found[name]) for name in matches]
     if path.lower().split("?")[0].endswith(_KNOWN) or (web and not path.endswith("/")) or not files.isdir(path):
         return [(files, path, files.info(path))]
     below = files.find(path, detail=True)
@@ -157,14 +154,17 @@ def file_system(address: str) -> tuple[Any, str]:
         import fsspec
     except ImportError as error:
         raise DataError(f"Streaming {address} needs fsspec; install it with: pip install 'moesaic[data]'.") from error
-    if protocol not in fsspec.available_protocols():
-        hint = nearest(protocol, fsspec.available_protocols())
-        raise DataError(f'{_shown(address)} begins with "{protocol}://", which no file system here answers to.{hint}')
     try:
+        fsspec.get_filesystem_class(protocol)
         found: tuple[Any, str] = fsspec.core.url_to_fs(address)
     except ImportError as error:
         extra = "pip install 'moesaic[data]'" if protocol in ("hf", "http", "https") else _package(error)
         raise DataError(f"Reading {protocol}:// needs another package; install it with: {extra}.") from error
+    except ValueError as error:
+        hint = nearest(protocol, fsspec.available_protocols())
+        raise DataError(
+            f'{_shown(address)} begins with "{protocol}://", which no file system answers to.{hint}'
+        ) from error
     return found
 
 
