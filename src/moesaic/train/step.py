@@ -148,7 +148,11 @@ class StepLosses:
         totals, values = [], dict.fromkeys(moe.losses, 0.0)
         for layer, plan in plans.items():
             counts_E = self.reading.layers[layer].load_E  # this step's micro-batches so far, this one included
-            ctx = LossContext(batch.ids_BS.shape[0], moe.loss_scope, counts_E, batch.label_BS.flatten(), self.step)
+            if moe.loss_scope == "global_batch":
+                counts_E = self.peers.total(counts_E)
+            ctx = LossContext(
+                batch.ids_BS.shape[0], moe.loss_scope, counts_E, batch.label_BS.flatten(), self.step, self.peers
+            )
             total, parts = balance_loss(plan, moe.losses, ctx, moe.loss_options)
             totals.append(total)
             for name, value in parts.items():
