@@ -19,7 +19,7 @@ from moesaic.errors import ConfigError
 from moesaic.layout import Layout, ParallelConfig
 from moesaic.models import Decoder, ModelConfig, MoEConfig, build_model
 from moesaic.models.config import DepthConfig
-from moesaic.models.inputs import inputs_of
+from moesaic.models.inputs import side_inputs
 from moesaic.parallel.comm import Group
 from moesaic.parallel.pipeline import WHAT, Pipeline, check_micro_batches
 from moesaic.parallel.stages import StageOutput, split_stages, take_stages
@@ -129,7 +129,7 @@ def alone(model: Decoder, batches: list[Batch]) -> tuple[dict[str, Tensor], dict
     """Gradients and losses of one process."""
     losses = Losses(model.config, batches)
     for micro, batch in enumerate(batches):
-        loss = losses(micro, batch, model(**inputs_of(batch)))
+        loss = losses(micro, batch, model(batch.ids_BS, **side_inputs(batch)))
         assert loss is not None
         loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -143,7 +143,7 @@ def evaluated(model: Decoder, batches: list[Batch]) -> dict[str, Tensor]:
     keep = _keeper(found)
     with torch.no_grad():
         for micro, batch in enumerate(batches):
-            output = model(**inputs_of(batch))
+            output = model(batch.ids_BS, **side_inputs(batch))
             keep(micro, batch, StageOutput(output.logits, output.plans, output.depth))
     return found
 

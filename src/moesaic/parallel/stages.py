@@ -32,7 +32,7 @@ from moesaic.models.build import build_model
 from moesaic.models.config import ModelConfig
 from moesaic.models.decoder import Decoder
 from moesaic.models.depth import DepthBlock
-from moesaic.models.inputs import inputs_of
+from moesaic.models.inputs import side_inputs
 from moesaic.plan.plan import RoutingPlan, SoftPlan
 
 
@@ -179,7 +179,7 @@ class Stage(nn.Module):
         (model,) = self._whole
         assert self.loss_of is not None
         batch = self.batches[micro]
-        ids_BS, attention, tokens = model.read(**inputs_of(batch))  # type: ignore[arg-type]
+        ids_BS, attention, tokens = model.read(batch.ids_BS, **side_inputs(batch))  # type: ignore[arg-type]
         x_BSD, plans, depth = model.through(
             model.embed(ids_BS) if self.is_first else received[0], attention, tokens, self.layers
         )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moesaic.data.packing import IGNORE, Batch
 from moesaic.models.decoder import Decoder
-from moesaic.models.inputs import inputs_of
+from moesaic.models.inputs import side_inputs
 from moesaic.models.output import Output
 from moesaic.parallel.apply import Spread
 from moesaic.parallel.gradients import local
@@ -32,7 +32,7 @@ from moesaic.train.reading import Plans, StepReading, over_ranks, take_reading, 
 
 def forward(model: Decoder, batch: Batch) -> Output:
     """The model on a packed batch."""
-    output: Output = model(**inputs_of(batch))
+    output: Output = model(batch.ids_BS, **side_inputs(batch))
     return output
 
 
