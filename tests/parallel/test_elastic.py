@@ -1,0 +1,123 @@
+"""Runs under torchrun whose processes are killed, stopped and signalled: they end with the losses of the undisturbed run."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.parallel.elastic import Run, kill_at_random, launch, records, steps_done
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(sys.platform != "linux", reason="processes are found through /proc"),
+]
+
+Command = Callable[[Path, int], list[str]]  # run folder, steps -> what torchrun starts
+
+
+def toy(out: Path, steps: int) -> list[str]:
+    return ["-m", "tests.parallel.toy_run", "--out", str(out), "--steps", str(steps)]
+
+
+COMMANDS: dict[str, Command] = {"toy": toy}
+
+
+@pytest.fixture(params=COMMANDS)
+def command(request: pytest.FixtureRequest) -> Command:
+    return COMMANDS[request.param]
+
+
+def undisturbed(command: Command, folder: Path, steps: int, nproc: int = 2) -> dict[int, float]:
+    run = launch(command(folder, steps), nproc, folder.with_suffix(".log"))
+    assert run.wait(300) == 0, run.said
+    assert "moesaic:" not in run.said
+    losses = records(folder)
+    assert sorted(losses) == list(range(1, steps + 1))
+    return losses
+
+
+def until(condition: Callable[[], bool], run: Run, seconds: float = 90.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert run.process.poll() is None, run.said[-4000:]
+        assert time.monotonic() < deadline, run.said[-4000:]
+        time.sleep(0.02)
+
+
+def sentences(said: str) -> list[str]:
+    return [line.removeprefix("moesaic: ") for line in said.splitlines() if line.startswith("moesaic: ")]
+
+
+def test_ten_kills_at_random_steps_leave_the_losses_of_the_undisturbed_run(tmp_path: Path, command: Command) -> None:
+    steps = 60
+    expected = undisturbed(command, tmp_path / "undisturbed", steps)
+    run = launch(command(tmp_path / "killed", steps), 2, tmp_path / "killed.log", max_restarts=14)
+    kills = kill_at_random(run, lambda: steps_done(tmp_path / "killed"), steps, kills=10, seed=int(time.time()))
+    assert run.wait(300) == 0, run.said[-6000:]
+    assert records(tmp_path / "killed") == expected, kills
+    assert len(kills) >= 8  # some moments find nobody to kill
+    assert "Traceback" not in run.said
+    for sentence in sentences(run.said):
+        assert re.match(r"Rank [01]: .* over .* with ranks 0, 1 failed", sentence), sentence
+        assert re.search(r"Rank [01] (does not answer|has ended)", sentence), sentence
+
+
+def test_a_stopped_rank_is_named_killed_and_started_again(tmp_path: Path) -> None:
+    expected = undisturbed(toy, tmp_path / "undisturbed", 30)
+    out = tmp_path / "stopped"
+    run = launch(
+        [*toy(out, 30), "--timeout-s", "3"],
+        2,
+        tmp_path / "log",
+        max_restarts=1,
+        environ={"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"},
+    )
+    until(lambda: steps_done(out) >= 8, run)
+    os.kill(run.workers()[1], signal.SIGSTOP)
+    assert run.wait(120) == 0, run.said[-6000:]
+    assert records(out) == expected
+    (sentence,) = sentences(run.said)
+    assert re.match(r"Rank 0: .* with ranks 0, 1 took longer than 3 s in layer \d\. Rank 1 does not answer", sentence)
+
+
+@pytest.mark.parametrize("whom", ["torchrun", "rank 0", "rank 1"])
+def test_a_signal_saves_once_and_starts_nothing_again(tmp_path: Path, whom: str) -> None:
+    out = tmp_path / "run"
+    run = launch([*toy(out, 1000), "--checkpoint-every", "10000"], 2, tmp_path / "log", max_restarts=3)
+    until(lambda: steps_done(out) >= 8, run)
+    os.kill(run.process.pid if whom == "torchrun" else run.workers()[int(whom[-1])], signal.SIGTERM)
+    status = run.wait(60)
+    saves = (out / "saves").read_text().split()
+    assert saves == [str(steps_done(out))]
+    assert sentences(run.said) == []
+    assert (status == 0) == (whom != "torchrun")  # torchrun itself ends as one that was signalled
+    again = launch([*toy(out, steps_done(out) + 5), "--checkpoint-every", "10000"], 2, tmp_path / "again.log")
+    assert again.wait(60) == 0
+    assert sorted(records(out)) == list(range(1, steps_done(out) + 1))
+
+
+def test_processes_end_in_words_when_torchrun_itself_is_killed(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run = launch(toy(out, 10_000), 2, tmp_path / "log")
+    until(lambda: steps_done(out) >= 3, run)
+    orphans = set(run.workers().values())
+    assert len(orphans) == 2
+    run.process.kill()
+    run.process.wait()
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in orphans) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    left = [pid for pid in orphans if Path(f"/proc/{pid}").exists()]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
+    assert any("the torchrun that started it is gone" in sentence for sentence in sentences(run.said))
+    assert all(sentence.startswith(("Rank 0: ", "Rank 1: ")) for sentence in sentences(run.said))
