@@ -26,10 +26,10 @@ def _save_all(rank: int, world: int, folder: str) -> dict[str, Tensor]:
     return {}
 
 
-def _load_all(rank: int, world: int, folder: str) -> dict[str, Tensor]:
-    """1 for every (checkpoint, layout) that came out bitwise."""
+def _load_all(rank: int, world: int, folder: str, every: int = 1) -> dict[str, Tensor]:
+    """Of every so-many-th (checkpoint, layout) whether it came out bitwise."""
     found = {}
-    for path, (name, cut) in product(sorted(Path(folder).iterdir()), CUTS[world].items()):
+    for path, (name, cut) in list(product(sorted(Path(folder).iterdir()), CUTS[world].items()))[::every]:
         tensors = held_by(cut, rank, seed=None)
         extra = load_sharded(path, tensors, group=everyone())
         assert path.name.endswith(extra["from"])
@@ -60,6 +60,16 @@ def test_one_process_loads_every_layout(saved: Path) -> None:
 
 
 def test_two_processes_load_every_layout(saved: Path) -> None:
+    """Every third pair: each checkpoint and each layout comes up."""
+    for found in run_distributed(2, _load_all, 2, str(saved), 3):
+        assert len(found) == 27
+        assert len({name.partition(" -> ")[0] for name in found}) == 10
+        assert len({name.partition(" -> ")[2] for name in found}) == 8
+        assert all(found.values()), [name for name, good in found.items() if not good]
+
+
+@pytest.mark.slow
+def test_two_processes_load_every_layout_in_every_other(saved: Path) -> None:
     for found in run_distributed(2, _load_all, 2, str(saved)):
         assert len(found) == 10 * 8
         assert all(found.values()), [name for name, good in found.items() if not good]

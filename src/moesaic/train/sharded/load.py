@@ -19,7 +19,7 @@ from moesaic.errors import CheckpointError
 from moesaic.parallel.comm import Group
 from moesaic.parallel.held import Ranges
 from moesaic.train.sharded.agree import as_one, together
-from moesaic.train.sharded.checkpoint import open_sharded
+from moesaic.train.sharded.checkpoint import ShardedCheckpoint, open_sharded
 from moesaic.train.sharded.entries import Entry, Tensors, entries_of
 from moesaic.train.sharded.fingerprint import add, fingerprint
 from moesaic.train.sharded.plan import RegionLoadPlanner, share_out
@@ -46,6 +46,12 @@ def load_sharded(
     """
     share = (group.index, group.size) if verify else None
     checkpoint = together(group, "checkpoint: open", lambda: open_sharded(folder, share))
+    fill_from(checkpoint, tensors, group=group, skip=skip)
+    return checkpoint.extra
+
+
+def fill_from(checkpoint: ShardedCheckpoint, tensors: Tensors, *, group: Group, skip: Sequence[str] = ()) -> None:
+    """``load_sharded`` of a checkpoint that was opened."""
     planner = together(group, "checkpoint: open", lambda: RegionLoadPlanner(entries_of(tensors), skip))
     _read(planner, ShardedReader(checkpoint.shards), group)
     mine = together(group, "checkpoint: check", planner.fingerprints)
@@ -57,7 +63,6 @@ def load_sharded(
                 f"{checkpoint.fingerprints[name]:016x}. Use an older or another copy."
             )
     planner.commit()
-    return checkpoint.extra
 
 
 def fingerprints(tensors: Tensors, group: Group) -> dict[str, int]:

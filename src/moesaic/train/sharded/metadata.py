@@ -214,13 +214,16 @@ def _checked(data: Any, folder: Path, files: Collection[str]) -> dict[str, Store
 def _places(data: dict[Any, Any], folder: Path, files: Collection[str]) -> dict[tuple[str, tuple[int, ...]], str]:
     """(entry, first element of the piece) -> file."""
     places: dict[tuple[str, tuple[int, ...]], str] = {}
+    found: set[str] = set()
     for index, info in data.items():
         name = _field(index, "MetadataIndex", "fqn", str)
         offsets = _sizes(_field(index, "MetadataIndex", "offset", tuple), name)
         file = _field(info, "_StorageInfo", "relative_path", object)
-        safe_member(folder, file, SUFFIX)
-        if file not in files:
-            raise _Wrong(f"it places {show(name)} in {show(file)}, which the manifest does not list")
+        if not isinstance(file, str) or file not in found:
+            safe_member(folder, file, SUFFIX)
+            if file not in files:
+                raise _Wrong(f"it places {show(name)} in {show(file)}, which the manifest does not list")
+            found.add(file)
         if places.setdefault((name, offsets), file) != file:
             raise _Wrong(f"it places a part of {show(name)} in two files")
     return places

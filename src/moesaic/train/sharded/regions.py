@@ -65,8 +65,8 @@ def disjoint(boxes: Sequence[Ranges]) -> list[tuple[Ranges, int]]:
     A box that overlaps no other stays whole. Boxes are gone through along the dimension that cuts them most often, so that each
     meets only its neighbours there: thousands of slices of one tensor are no thousands squared.
     """
-    if not boxes:
-        return []
+    if len(boxes) < 2:  # most tensors of most layouts
+        return [(box, 0) for box in boxes if volume(box)]
     dims = len(boxes[0])
     sweep = max(range(dims), key=lambda dim: len({box[dim][0] for box in boxes}), default=None)
     order = sorted((i for i, box in enumerate(boxes) if volume(box)), key=lambda i: (boxes[i], i))

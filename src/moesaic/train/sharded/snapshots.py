@@ -26,9 +26,9 @@ from moesaic.config import to_dict
 from moesaic.errors import CheckpointError, disk_errors
 from moesaic.parallel.comm import Group
 from moesaic.train.sharded.agree import first_says, together
-from moesaic.train.sharded.checkpoint import EXTRA, open_sharded
+from moesaic.train.sharded.checkpoint import EXTRA, ShardedCheckpoint, open_sharded
 from moesaic.train.sharded.entries import Tensors
-from moesaic.train.sharded.load import load_sharded
+from moesaic.train.sharded.load import fill_from
 from moesaic.train.sharded.optimizer import merge_optimizers, optimizer_room, unpack_optimizer
 from moesaic.train.sharded.save import save_sharded
 from moesaic.train.snapshot import VERSION, checked_state, newest_first, next_serial, take_over
@@ -133,14 +133,14 @@ def restore_sharded_snapshot(
     parameter objects themselves. Raises ``CheckpointError`` as ``load_sharded``; nothing has changed then.
     """
 
-    def look() -> tuple[Tensors, dict[str, Any], int]:
-        checkpoint = open_sharded(folder, share=None)
+    def look() -> tuple[ShardedCheckpoint, Tensors, dict[str, Any], int]:
+        checkpoint = open_sharded(folder, share=(group.index, group.size))
         state, step = checkpoint.extra.get("state"), checkpoint.extra.get("step")
         if checkpoint.extra.get("version") != VERSION or not isinstance(state, dict) or not isinstance(step, int):
             raise CheckpointError(f"{checkpoint.folder / EXTRA} is not that of a training run, or of another version.")
-        return optimizer_room(checkpoint, optimizer, trained), state, step
+        return checkpoint, optimizer_room(checkpoint, optimizer, trained), state, step
 
-    room, state, step = together(group, "checkpoint: open", look)
-    extra = load_sharded(folder, {**tensors, **room}, group=group, skip=skip)
-    unpack_optimizer(extra["optimizer"], room, optimizer, trained)
+    checkpoint, room, state, step = together(group, "checkpoint: open", look)
+    fill_from(checkpoint, {**tensors, **room}, group=group, skip=skip)
+    unpack_optimizer(checkpoint.extra["optimizer"], room, optimizer, trained)
     return {**state, "step": step}
