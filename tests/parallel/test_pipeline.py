@@ -26,6 +26,7 @@ from moesaic.parallel.stages import StageOutput, split_stages, take_stages
 from moesaic.parallel.watch import Watch
 from moesaic.parallel.world import World
 from moesaic.routing import LossContext, balance_loss
+from moesaic.train.recompute import recompute_activations
 from tests.distributed import run_distributed
 
 S, VOCAB = 8, 31
@@ -33,7 +34,10 @@ S, VOCAB = 8, 31
 
 @dataclass(frozen=True)
 class Case:
-    """A pipeline over ``pp`` ranks. ``numbers``: micro-batches of each step; all steps go through the same pipeline."""
+    """A pipeline over ``pp`` ranks.
+
+    ``numbers``: micro-batches of each step; all steps go through the same pipeline. ``recompute``: there, not in one process.
+    """
 
     name: str
     numbers: tuple[int, ...]
@@ -43,6 +47,7 @@ class Case:
     stages_per_rank: int = 1
     dtype: torch.dtype = torch.float32
     compute: torch.dtype | None = None
+    recompute: bool = False
 
     @property
     def config(self) -> ModelConfig:
@@ -62,6 +67,7 @@ CASES_OF_2 = [
     Case("interleaved", (4, 2), {}, {"every": 1, "shared": 1}, stages_per_rank=2),
     Case("interleaved, fp64", (2, 6), {"tie_embeddings": False}, {"every": 1}, stages_per_rank=2, **FP64),
     Case("a stage without sparse layer", (2,), {}, {"layers": (3,)}),
+    Case("recomputation", (2,), {"tie_embeddings": False}, {"every": 1, "shared": 1}, recompute=True, **FP64),
     Case("windows, depth, post-norm", (2,), {
         "sliding_window": (0, 3, 0, 2), "norm_placement": "post", "depth": DepthConfig(capacity=0.5, allow_leak=True)
     }),
@@ -169,6 +175,8 @@ def compare(case: Case, world: World) -> dict[str, Tensor]:
     whole, model, group = build(case), build(case), world["pp"]
     ranges = split_stages(case.config, case.pp, case.stages_per_rank)
     take_stages(model, ranges, case.pp, group.index)
+    if case.recompute:
+        recompute_activations(model)
     pipeline = Pipeline(model, ranges, group)
     routed = [0]
     for layer in model.moe_layers().values():
