@@ -19,9 +19,11 @@ from moesaic.models.build import build_model
 from moesaic.models.config import ModelConfig, MoEConfig, RouterConfig
 from moesaic.models.decoder import Decoder
 from moesaic.parallel.apply import Spread, apply
+from moesaic.parallel.experts import stack_of
 from moesaic.parallel.gradients import local
 from moesaic.parallel.held import Held
 from moesaic.parallel.world import World
+from moesaic.plan.placement import Placement
 from moesaic.train.optim import OptimConfig, make_optimizer
 from moesaic.train.reading import StepReading
 from moesaic.train.recompute import recompute_activations
@@ -30,6 +32,7 @@ from moesaic.train.step import train_step
 # Adam's first step is g / (|g| + eps): with the usual 1e-8 a gradient that is 0 but for rounding moves its weight by the whole
 # learning rate, in a direction that is noise. Larger than rounding, smaller than gradients.
 EPS, LR = 1e-3, 1e-3
+Between = Callable[[Spread, Any, int], None]  # of what is trained, its optimizer, and the number of the step, from 0
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Case:
         batch: rows of a micro-batch. accumulate: micro-batches of a step. steps: how many.
         edit: changes both models before training ("skew": one expert takes nearly all; "starve": an expert gets no token).
         short: rows of the last micro-batch that are padding, counted from the end.
+        placements: per sparse layer the experts of every rank's slots; evenly where it says nothing.
     """
 
     name: str
@@ -57,6 +61,7 @@ class Case:
     edit: str = ""
     short: int = 0
     ranks_per_node: int | None = None
+    placements: dict[int, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
 
 
 def config_of(case: Case) -> ModelConfig:
@@ -87,10 +92,15 @@ def build(case: Case) -> Decoder:
     return model
 
 
+def experts_of(model: Decoder, layer: int) -> int:
+    """Feed-forward experts of a layer of a whole model."""
+    return stack_of(model.moe_layers()[layer]).num_experts
+
+
 def to_fp64(model: Decoder) -> Decoder:
     """Everything, routers included, which otherwise stay fp32."""
     for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
+        for parameter in module._parameters.values():
             if parameter is not None:
                 parameter.data = parameter.data.double()
         for name, buffer in list(module._buffers.items()):
@@ -134,17 +144,25 @@ class Trained:
     moments: dict[str, Tensor]
     model: Any = None
     held: dict[str, Held] = field(default_factory=dict)
+    held_first: dict[str, Held] = field(default_factory=dict)  # before experts moved
     spread: Spread | None = None
 
 
-def train(case: Case, world: World | None, between: Callable[[Spread, Any, int], None] | None = None) -> Trained:
-    """Train alone, or spread over the processes of ``world``."""
+def train(case: Case, world: World | None, between: Between | None = None) -> Trained:
+    """Train alone, or spread over the processes of ``world``, where ``between`` is called after each step."""
     model = build(case)
     spread = None
     if world is not None:
-        spread = apply(model, world, case.parallel, recompute=recompute_activations if case.recompute else None)
+        spread = apply(
+            model,
+            world,
+            case.parallel,
+            recompute=recompute_activations if case.recompute else None,
+            placements={i: Placement(slots, experts_of(model, i)) for i, slots in case.placements.items()},
+        )
     elif case.recompute:
         recompute_activations(model)
+    held_first = {} if spread is None else dict(spread.held)
     optimizer = make_optimizer(model, OptimConfig(lr=LR, eps=EPS))
     found: dict[str, Tensor] = {}
 
@@ -169,7 +187,8 @@ def train(case: Case, world: World | None, between: Callable[[Spread, Any, int],
         for key, value in state.items():
             if key != "step":
                 moments[f"{key}/{names[id(p)]}"] = local(value).detach().clone()
-    return Trained(readings, found, weights, moments, model, {} if spread is None else spread.held, spread)
+    held = {} if spread is None else spread.held
+    return Trained(readings, found, weights, moments, model, held, held_first, spread)
 
 
 def error(mine: Tensor, whole: Tensor, held: Held) -> float:
@@ -182,9 +201,9 @@ def error(mine: Tensor, whole: Tensor, held: Held) -> float:
     return worst / max(float(whole.double().abs().max()), 1e-30)
 
 
-def compare(case: Case, world: World) -> dict[str, Tensor]:
+def compare(case: Case, world: World, between: Between | None = None) -> dict[str, Tensor]:
     """Errors by what: "loss", "norm", "gradient", "weight", "moment", relative; "load": experts whose counts differ."""
-    alone, many = train(case, None), train(case, world)
+    alone, many = train(case, None), train(case, world, between)
     out: dict[str, float] = {"loss": 0.0, "norm": 0.0, "load": 0.0, "gradient": 0.0, "weight": 0.0, "moment": 0.0}
     worst = {"gradient": "", "weight": "", "moment": ""}
     for one, other in zip(alone.readings, many.readings, strict=True):
@@ -204,7 +223,7 @@ def compare(case: Case, world: World) -> dict[str, Tensor]:
         ("moment", many.moments, alone.moments),
     ):
         for name, tensor in mine.items():
-            held = many.held[name.split("/")[-1]]
+            held = (many.held_first if kind == "gradient" else many.held)[name.split("/")[-1]]
             if name not in theirs:
                 raise AssertionError(f"{kind} of {name} is not in the model of one process")
             wrong = error(tensor, theirs[name], held)

@@ -83,6 +83,24 @@ def rows(held: Held, order: Sequence[int], axis: Axis = "ep") -> Held:
     return replace(held, boxes=boxes, cut=held.cut | {axis}, local=(len(order), *held.shape[1:]))
 
 
+def other_rows(held: Held, order: Sequence[int]) -> Held:
+    """After ``rows``, and whatever has been cut along other dimensions since: other rows, cut alike.
+
+    Raises ``ValueError`` where the rank held no row, but parts of some would have been cut: nothing says how.
+    """
+    cuts = [box for box in held.boxes if box.local[0] == (0, 1)]
+    if not cuts and order:
+        if held.local[1:] != held.shape[1:]:
+            raise ValueError(f"no row of {held.name} lies here that would show how rows are cut")
+        cuts = list(rows(held, order[:1]).boxes)
+    boxes = tuple(
+        Box(((row, row + 1), *cut.logical[1:]), ((i, i + 1), *cut.local[1:]))
+        for cut in cuts
+        for i, row in enumerate(order)
+    )
+    return replace(held, boxes=boxes, local=(len(order), *held.local[1:]))
+
+
 def keep(held: Held, dim: int, start: int, stop: int, axis: Axis) -> Held:
     """Of the local tensor the part ``start`` to ``stop`` along ``dim``."""
     return pick(held, dim, [(start, stop)], axis)
