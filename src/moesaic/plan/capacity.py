@@ -290,11 +290,8 @@ class CapacityRule:
             # Dropped rows go nowhere, so no expert's queue depends on another's: each kind can be read off seats of its own.
             true_N, special_N = (seat(slots=c) for c in split)
             return torch.where(plan.expert_N < plan.num_experts - num_special, true_N, special_N)
-        needed = None
-        if training and self.factor == "exact":
-            needed = fullest(plan, groups)
-            if peers.count > 1:
-                needed = int(peers.most(torch.tensor(needed, device=plan.token_N.device)))
+        # Of a part its own fullest: other parts may need more slots, but what "exact" drops is over ``max_factor`` alone.
+        needed = fullest(plan, groups) if training and self.factor == "exact" else None
         slots = self.slots(size, k, plan.num_experts, training, factor=factor, needed=needed)
         assert slots is not None
         return seat(slots=slots, overflow=self.overflow, fallback_expert=self.fallback_expert)
