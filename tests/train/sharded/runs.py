@@ -24,9 +24,10 @@ from moesaic.train.sharded.snapshots import model_files, restore_sharded_snapsho
 Cut = Callable[[int, str, Held], Held | None]
 
 
-def started(steps: int = 0, seed: int = 0) -> tuple[Decoder, torch.optim.AdamW]:
-    """A model of two blocks with 5 experts and a tied head, after some steps."""
-    moe = MoEConfig(num_experts=5, k=2, hidden=6, router=RouterConfig(options={"balance_bias": True, "bias_rate": 0.1}))
+def started(steps: int = 0, seed: int = 0, bias: bool = True) -> tuple[Decoder, torch.optim.AdamW]:
+    """A model of two blocks with 5 experts and a tied head, after some steps; ``bias``: with a buffer in the router."""
+    router = RouterConfig(options={"balance_bias": True, "bias_rate": 0.1} if bias else {})
+    moe = MoEConfig(num_experts=5, k=2, hidden=6, router=router)
     config = ModelConfig(vocab_size=32, dim=8, num_layers=2, num_heads=2, hidden=12, max_seq_len=16, moe=moe)
     model = build_model(config, seed=seed)
     optimizer = make_optimizer(model, OptimConfig())

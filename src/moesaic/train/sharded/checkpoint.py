@@ -113,7 +113,7 @@ def describe(rows: Mapping[str, dict[str, Any]], fingerprints: Mapping[str, int]
     odd = {entry for parts in entries.values() for entry in parts} ^ fingerprints.keys()
     if odd:
         raise CheckpointError(
-            f"No rank holds {show(min(odd))}, or not all know it as one of experts: it cannot be saved whole."
+            f"No rank holds {show(min(odd))}, or not all of them as one of experts, so it cannot be saved whole."
         )
     table = {
         name: {**row, "fingerprints": [f"{fingerprints[entry]:016x}" for entry in entries[name]]}
