@@ -40,7 +40,7 @@ from moesaic.data.packing import PackedRows, RowSampler
 from moesaic.models.config import ModelConfig, RouterConfig
 from moesaic.models.decoder import Decoder
 from moesaic.train.config import TrainConfig
-from moesaic.train.evaluate import evaluate, spread
+from moesaic.train.evaluate import evaluate, evenly
 from moesaic.train.loop import fit_vocabulary, run_training
 from moesaic.train.optim import learning_rate, make_optimizer
 from moesaic.train.recipes import compare
@@ -76,7 +76,7 @@ class Ground:
     def __post_init__(self) -> None:
         self.rows = PackedRows(self.corpus.train, self.config.seq_len)
         self.val_rows = PackedRows(self.corpus.val, self.config.seq_len)
-        self.val = spread(self.val_rows, self.config.eval_rows)
+        self.val = evenly(self.val_rows, self.config.eval_rows)
 
     def dense(self) -> Decoder:
         """A fresh copy of the dense model."""

@@ -42,7 +42,8 @@ class Case:
     Attributes:
         parallel: the layout. moe: changes to the sparse layers. model: changes to the model.
         batch: rows of a micro-batch. accumulate: micro-batches of a step. steps: how many.
-        edit: changes both models before training ("skew": one expert takes nearly all; "starve": an expert gets no token).
+        edit: changes both models before training ("skew": one expert takes nearly all; "starve": an expert gets no token;
+            "zipf": the more the lower its number, for routers with ``gate_bias``).
         short: rows of the last micro-batch that are padding, counted from the end.
         placements: per sparse layer the experts of every rank's slots; evenly where it says nothing.
     """
@@ -82,7 +83,11 @@ def build(case: Case) -> Decoder:
         for layer in model.moe_layers().values():
             linear: Any = next(p for p in layer.router.parameters() if p.dim() == 2)
             with torch.no_grad():
-                if case.edit == "skew":
+                if case.edit == "zipf":
+                    linear.mul_(15.0)  # tokens differ
+                    gate: Any = layer.router.gate
+                    gate.bias.copy_(-1.2 * torch.arange(1, len(gate.bias) + 1).log())
+                elif case.edit == "skew":
                     linear[0] += linear.abs().max()
                     linear.mul_(3.0)
                 else:

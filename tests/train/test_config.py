@@ -11,6 +11,7 @@ import pytest
 from moesaic.config import apply_overrides, from_dict, to_dict
 from moesaic.data.config import DataConfig
 from moesaic.errors import ConfigError
+from moesaic.layout import ParallelConfig
 from moesaic.train.config import TrainConfig
 from moesaic.train.optim import OptimConfig
 from tests.models.tiny import sparse
@@ -35,6 +36,7 @@ FULL = TrainConfig(
     sample_tokens=0,
     tensorboard=False,
     trace_every=2,
+    parallel=ParallelConfig(ep=2),
 )
 
 

@@ -12,7 +12,7 @@ from moesaic.data.packing import IGNORE, PackedRows
 from moesaic.errors import DataError
 from moesaic.models import RouterConfig, build_model
 from moesaic.plan.capacity import CapacityRule
-from moesaic.train.evaluate import Evaluation, evaluate, spread
+from moesaic.train.evaluate import Evaluation, evaluate, evenly
 from tests.models.tiny import lively
 from tests.train.tiny_run import tiny_config, tiny_corpus
 
@@ -112,11 +112,11 @@ def test_perplexity_does_not_overflow() -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 10])
 def test_rows_are_spread_evenly_from_first_to_last(count: int) -> None:
     data = rows()
-    found = spread(data, count).tolist()
+    found = evenly(data, count).tolist()
     assert len(set(found)) == len(found) == count
     assert found == sorted(found)
     assert found[0] == 0
     assert count == 1 or found[-1] == len(data) - 1
     gaps = {b - a for a, b in itertools.pairwise(found)}
     assert not gaps or max(gaps) - min(gaps) <= 1
-    assert spread(data, 10_000).tolist() == list(range(len(data)))
+    assert evenly(data, 10_000).tolist() == list(range(len(data)))

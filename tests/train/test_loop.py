@@ -26,7 +26,7 @@ from moesaic.plan.store import load_trace
 from moesaic.report.runs import read_run
 from moesaic.train import loop
 from moesaic.train.config import TrainConfig
-from moesaic.train.evaluate import Evaluation, evaluate, spread
+from moesaic.train.evaluate import Evaluation, evaluate, evenly
 from moesaic.train.log import read_metrics
 from moesaic.train.loop import fit_vocabulary, run_training
 from moesaic.train.optim import learning_rate
@@ -95,7 +95,7 @@ def test_validation_comes_at_its_steps_at_checkpoints_and_at_the_end(run: Path) 
     found = of_kind(run, "val")
     assert [r["step"] for r in found] == [4, 5, 8, 10, 12]  # every 5th, each checkpoint (every 4th), and the last
     data = PackedRows(tiny_corpus().val, 24)
-    again = evaluate(load_model(run / "checkpoints" / "step-00000012"), data, spread(data, 4), 4)
+    again = evaluate(load_model(run / "checkpoints" / "step-00000012"), data, evenly(data, 4), 4)
     assert found[-1]["loss"] == pytest.approx(again.loss, rel=1e-6)
     assert found[-1]["domain_load"] == again.domain_load
 

@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moesaic.data.packing import IGNORE
+from moesaic.plan.plan import at_least_fp32
 from moesaic.train import loss
 from moesaic.train.loss import cross_entropy
 
 
 def whole(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
-    return F.cross_entropy(logits_TV.float(), targets_T, ignore_index=IGNORE, reduction="none")
+    return F.cross_entropy(at_least_fp32(logits_TV), targets_T, ignore_index=IGNORE, reduction="none")
 
 
 def drawn(T: int, V: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,7 +41,7 @@ def test_the_same_bits(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, T: i
     losses_T, expected_T = cross_entropy(found, targets_T), whole(wanted, targets_T)
     losses_T.backward(grad_T)
     expected_T.backward(grad_T)
-    assert losses_T.dtype == torch.float32
+    assert losses_T.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert torch.equal(losses_T, expected_T)
     assert found.grad is not None
     assert found.grad.dtype == dtype

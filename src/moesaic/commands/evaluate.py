@@ -18,7 +18,7 @@ from moesaic.data.corpus import load_corpus, load_store
 from moesaic.data.packing import PackedRows
 from moesaic.errors import ConfigError
 from moesaic.train.config import TrainConfig
-from moesaic.train.evaluate import evaluate, spread
+from moesaic.train.evaluate import evaluate, evenly
 from moesaic.train.resume import load_run_config
 from moesaic.train.snapshot import resolve_model_folder
 
@@ -69,7 +69,7 @@ def evaluate_command(
         raise ConfigError(f"{model} is not a training run, so it has no text of its own; give some with --data.")
     length = seq_len or (trained.seq_len if trained is not None else loaded.config.max_seq_len)
     packed = PackedRows(view, min(length, loaded.config.max_seq_len))
-    indices = spread(packed, rows or len(packed))
+    indices = evenly(packed, rows or len(packed))
     result = evaluate(loaded, packed, indices, batch_size, progress=_counter(len(indices)))
     if json:
         print_json({"model": str(folder), "tokens": result.tokens, **result.record()})

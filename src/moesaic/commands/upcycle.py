@@ -24,7 +24,7 @@ from moesaic.data.packing import PackedRows
 from moesaic.errors import ConfigError
 from moesaic.models import Decoder
 from moesaic.routing import ROUTERS
-from moesaic.train.evaluate import spread
+from moesaic.train.evaluate import evenly
 from moesaic.upcycle import (
     PRESERVING,
     DensifyConfig,
@@ -205,7 +205,7 @@ def _ids(model: Decoder, sources: tuple[str, ...], rows: int, say: Callable[[str
     length = min(_SEQ_LEN, model.config.max_seq_len)
     packed = PackedRows(load_store(DataConfig(sources=sources), model.tokenizer, say).view, length)
     whole = max(1, len(packed) - 1)
-    batch = packed.batch(spread(packed, rows)[:rows].clamp(max=whole - 1).unique())
+    batch = packed.batch(evenly(packed, rows)[:rows].clamp(max=whole - 1).unique())
     return batch.ids_BS[:, : int(batch.valid_BS.sum(dim=1).amin())]
 
 

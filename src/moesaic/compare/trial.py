@@ -33,7 +33,7 @@ from moesaic.models.decoder import Decoder
 from moesaic.plan.plan import RoutingPlan
 from moesaic.plan.read import overlap
 from moesaic.train.config import TrainConfig
-from moesaic.train.evaluate import spread
+from moesaic.train.evaluate import evenly
 from moesaic.train.log import finite, read_metrics
 from moesaic.train.loop import run_training
 from moesaic.train.resume import saved_tokenizer
@@ -103,7 +103,7 @@ def read_figures(run: Path) -> dict[str, Any]:
 def _measure(config: TrainConfig, corpus: Corpus, run: Path) -> dict[str, Any]:
     """Share of routing in the forward's time, and how far routing changed between the last two checkpoints."""
     rows = PackedRows(corpus.val, config.seq_len)
-    batch = rows.batch(spread(rows, _ROWS))
+    batch = rows.batch(evenly(rows, _ROWS))
     models = [load_model(snapshot) for snapshot in newest_snapshots(run, 2)]
     for model in models:
         model.compute_dtype = torch.bfloat16 if config.dtype == "bf16" else None

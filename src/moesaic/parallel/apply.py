@@ -22,18 +22,22 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 
+from moesaic.errors import ConfigError
 from moesaic.experts.layer import MoE
 from moesaic.layout import Axis, ParallelConfig
 from moesaic.models.decoder import Decoder
-from moesaic.parallel.dispatch import ExchangeDispatch
+from moesaic.parallel.dispatch import ExchangeDispatch, inside
 from moesaic.parallel.exchange import FlatPath, TwoLevelPath
 from moesaic.parallel.experts import keep_slots, stack_name, stack_of
 from moesaic.parallel.gradients import gradient_norm, sum_gradients
 from moesaic.parallel.held import Held, Kind, keep, whole
+from moesaic.parallel.pipeline import Pipeline
+from moesaic.parallel.stages import split_stages, take_stages
 from moesaic.parallel.tensor import slice_dispatch, slice_model
 from moesaic.parallel.world import World
 from moesaic.plan.peers import Peers
 from moesaic.plan.placement import Placement
+from moesaic.plan.rebalance import initial
 
 
 class Spread:
@@ -43,13 +47,17 @@ class Spread:
         model: the module to run; parameter names are those of the whole model.
         held: what of every parameter and buffer is here, by name.
         placements: of every sparse layer that is here, by index.
-        sizes: experts of every sparse layer of the model, special ones included, by index.
+        sizes: experts of every sparse layer of the whole model, special ones included, by index.
+        num_depth: Mixture-of-Depths blocks of the whole model.
+        pipeline: runs the stages; None where the model is not cut into any.
     """
 
     def __init__(self, model: Decoder, world: World, config: ParallelConfig) -> None:
         self.model, self.world, self.config = model, world, config
         self.held: dict[str, Held] = hold(model)
         self.sizes = {i: layer.router.num_experts for i, layer in model.moe_layers().items()}
+        self.num_depth = len(model.depth_routers())
+        self.pipeline: Pipeline | None = None
         self.placements: dict[int, Placement] = {}
 
     @property
@@ -70,13 +78,24 @@ class Spread:
                 found[f"{stack_name(moe, f'blocks.{layer}.ffn')}.{name}"] = placement
         return found
 
+    def take_rows(self) -> dict[str, int]:
+        """Rows that the experts of every sparse layer here computed since the last call, by layer."""
+        found = {}
+        for index, layer in self.model.moe_layers().items():
+            exchange = inside(layer.dispatcher)
+            if exchange is not None:
+                found[str(index)], exchange.computed = exchange.computed, 0
+        return found
+
     def sum_gradients(self) -> None:
         """After the last backward of a step: every rank has the gradients of the whole batch for what it holds."""
         sum_gradients(self.parameters(), self.held, self.world, self.copied())
 
     def gradient_norm(self) -> Tensor:
         """The norm over the whole model, the same on every rank."""
-        return gradient_norm(self.parameters(), self.held, self.world, self.copied())
+        copies = () if self.pipeline is None else self.pipeline.copies
+        counted = {name: p for name, p in self.parameters().items() if name not in copies}
+        return gradient_norm(counted, self.held, self.world, self.copied())
 
 
 def hold(model: nn.Module) -> dict[str, Held]:
@@ -102,9 +121,17 @@ def apply(
 
     Args:
         recompute: makes a model recompute activations.
-        placements: where experts are, by layer; others lie evenly.
+        placements: where experts are, by layer; others lie evenly, with ``config.replicas`` copies.
+
+    Raises ``ConfigError`` for experts with copies, or that may move, whose widths FSDP cannot cut into equal shards.
     """
     spread = Spread(model, world, config)
+    ranges: tuple[range, ...] = ()
+    if world.layout.pp > 1:
+        ranges = split_stages(model.config, world.layout.pp, config.stages_per_rank)
+        take_stages(model, ranges, world.layout.pp, world["pp"].index)
+        here = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+        spread.held = {name: held for name, held in spread.held.items() if name in here}
     for layer in model.moe_layers().values():
         layer.peers = world.peers
     _place_experts(spread, placements or {})
@@ -114,6 +141,8 @@ def apply(
     slice_dispatch(model, world["tp"], world["etp"])
     if config.compile:
         _compile(model)
+    if ranges:
+        spread.pipeline = Pipeline(model, ranges, world["pp"])
     if config.fsdp:
         _shard(spread)
     return spread
@@ -124,7 +153,7 @@ def _place_experts(spread: Spread, placements: dict[int, Placement]) -> None:
     ep = world["ep"]
     for index, layer in spread.model.moe_layers().items():
         E = stack_of(layer).num_experts
-        placement = placements.get(index) or Placement.even(E, ep.size)
+        placement = placements.get(index) or initial(E, ep.size, config.replicas)
         if ep.size > 1:
             spread.placements[index] = placement
             keep_slots(layer, f"blocks.{index}.ffn", placement, ep.index, spread.held)
@@ -142,7 +171,7 @@ def make_path(world: World, placement: Placement) -> FlatPath | TwoLevelPath:
 
 
 def _compile(model: Decoder) -> None:
-    for block in model.blocks:
+    for _, block in model.layers():
         attention: Any = block.attention
         attention.compile()
         ffn: Any = block.ffn
@@ -158,15 +187,17 @@ def _shard(spread: Spread) -> None:
     units: list[tuple[Any, Axis]] = []
     # Experts without copies stay whole; blocks must not shard them over dp.
     own = {p for layer in model.moe_layers().values() for p in stack_of(layer).parameters()}
-    for block in model.blocks:
+    for _, block in model.layers():
         if isinstance(block.ffn, MoE):
             units.append((stack_of(block.ffn), "edp"))
         units.append((block, "dp"))
-    units.append((model, "dp"))
+    units += [(root, "dp") for root in ([model] if spread.pipeline is None else spread.pipeline.stages)]
     for unit, axis in units:
         if world[axis].size == 1:
             continue
         group = world[axis]
+        if axis == "edp" and (spread.config.rebalance_every or any(p.replicated for p in spread.placements.values())):
+            _cuts_widths(unit, group.size)
 
         def place(parameter: nn.Parameter, size: int = group.size, axis: Axis = axis) -> Shard | None:
             # Slots of one expert must be cut alike everywhere, and few slots leave ranks with nothing: cut the next dimension.
@@ -183,6 +214,18 @@ def _shard(spread: Spread) -> None:
             axis = "edp" if spread.held[name].kind == "experts" else "dp"
             start, stop = shard_ends(spread.held[name].local[placed[0].dim], world[axis].size, world[axis].index)
             spread.held[name] = keep(spread.held[name], placed[0].dim, start, stop, axis)
+
+
+def _cuts_widths(stack: nn.Module, ranks: int) -> None:
+    """Raises ``ConfigError`` where some parameter would be sharded by slots: copies and moves need whole slots everywhere."""
+    for name, parameter in stack.named_parameters():
+        if parameter.dim() < 2 or parameter.shape[1] % ranks:
+            raise ConfigError(
+                f"parallel.fsdp would shard {name} of the experts by experts, because its next dimension, "
+                f"{parameter.shape[1]}, is no multiple of the {ranks} ranks with the same experts; copies of experts and "
+                "experts that move need equal parts of each. Set fsdp=false, replicas=0 and rebalance_every=0, or choose a "
+                "width or ep that divides."
+            )
 
 
 def shard_ends(size: int, ranks: int, rank: int) -> tuple[int, int]:

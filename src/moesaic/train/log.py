@@ -71,6 +71,19 @@ def _read_lines(path: Path) -> list[tuple[dict[str, Any], bytes]]:
     return records
 
 
+class NoLog:
+    """The log of a process whose figures another one writes down."""
+
+    def __init__(self, config: dict[str, Any] | None, sampled_at: int | None) -> None:
+        self.config, self.sampled_at = config, sampled_at
+
+    def write(self, record: Record) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 class MetricsLog:
     """Appends records to ``folder``/metrics.jsonl, and to TensorBoard under ``folder``/tb where it is installed.
 

@@ -22,7 +22,7 @@ LAUNCHED = 64 << 20  # the same on other devices, where small blocks would wait 
 
 
 def cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
-    """At least fp32 (T,), nats: ``-log softmax(logits)[target]`` of each row, computed in that; 0 where the target is ``IGNORE``."""
+    """At least fp32 (T,), nats: ``-log softmax(logits)[target]`` of each row; 0 where the target is ``IGNORE``."""
     losses_T: Tensor = _CrossEntropy.apply(logits_TV, targets_T)
     return losses_T
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ def take_reading(readings: dict[int, LayerReading], plans: Mapping[int, RoutingP
 
 
 @torch.no_grad()
-def take_statistics(reading: StepReading, model: Decoder, plans: Plans) -> None:
+def take_statistics(reading: StepReading, model: Decoder, plans: Mapping[int, RoutingPlan | SoftPlan]) -> None:
     """Add up what the layers want to know of every micro-batch when the step is over."""
     sparse = model.moe_layers()
     for layer, plan in plans.items():
@@ -90,51 +91,52 @@ def take_statistics(reading: StepReading, model: Decoder, plans: Plans) -> None:
             sums[name] = sums[name] + value if name in sums else value
 
 
-def over_ranks(reading: StepReading, world: World, sizes: Mapping[int, int]) -> StepReading:
-    """The reading of the whole batch and of all pipeline stages, the same on every rank: one sum over dp, one over pp.
+def over_ranks(reading: StepReading, world: World) -> StepReading:
+    """The reading of the whole batch and of all pipeline stages, the same on every rank: one sum over dp, then what every stage
+    has to tell. A layer of another stage comes without ``sums``, which are for the layer itself.
 
-    Everything travels as fp64, which holds counts exactly. A layer of another stage comes without ``sums``, which are for the
-    layer itself. Losses from plans are those of the whole batch on every rank, so only stages are added.
-
-    Args:
-        sizes: entries of ``load_E`` of every sparse layer of the model.
+    Losses from plans are those of the whole batch on every rank, so only stages are added.
     """
-    layers = {layer: _summed(mine, world["dp"]) for layer, mine in sorted(reading.layers.items())}
-    depth = {layer: _summed(mine, world["dp"]) for layer, mine in sorted(reading.depth.items())}
     lm = torch.tensor([reading.lm_loss], dtype=torch.float64)
     world["dp"].all_reduce(lm, what="loss of the step")
-    balance = reading.loss - reading.lm_loss
-    names = sorted(reading.losses)
-    if world["pp"].size > 1:
-        parts = [_flat(layers.get(layer), E) for layer, E in sorted(sizes.items())]
-        values = torch.tensor([balance, *(reading.losses[name] for name in names)], dtype=torch.float64)
-        sent = torch.cat([lm, values, *parts])
-        world["pp"].all_reduce(sent, what="readings of all stages")
-        head, *rows = sent.split([2 + len(names), *(E + 5 for _, E in sorted(sizes.items()))])
-        lm, balance = head[:1], float(head[1])
-        found = dict(zip(names, head[2:].tolist(), strict=True))
-        for (layer, _), row in zip(sorted(sizes.items()), rows, strict=True):
-            if layer not in layers:
-                layers[layer] = LayerReading(row[5:].round().long(), *row[:5].tolist())
-        reading.losses = found
     whole = float(lm[0])
-    return StepReading(
-        loss=whole + balance,
+    found = StepReading(
+        loss=reading.loss - reading.lm_loss + whole,
         lm_loss=whole,
-        losses=reading.losses,
-        grad_norm=reading.grad_norm,
+        losses=dict(reading.losses),
         targets=reading.targets,
-        layers=dict(sorted(layers.items())),
-        depth=depth,
+        layers={layer: _summed(mine, world["dp"]) for layer, mine in sorted(reading.layers.items())},
+        depth={layer: _summed(mine, world["dp"]) for layer, mine in sorted(reading.depth.items())},
     )
+    if world["pp"].size == 1:
+        return found
+    told = world["pp"].values(_told(found), what="readings of all stages")
+    found.loss, found.lm_loss = (sum(stage[name] for stage in told) for name in ("loss", "lm_loss"))
+    names = dict.fromkeys(name for stage in told for name in stage["losses"])
+    found.losses = {name: sum(stage["losses"].get(name, 0.0) for stage in told) for name in names}
+    for kind, mine in (("layers", found.layers), ("depth", found.depth)):
+        for layer, (load, *figures) in sorted((int(i), row) for stage in told for i, row in stage[kind].items()):
+            mine.setdefault(layer, LayerReading(torch.tensor(load), *figures))
+    found.layers, found.depth = (dict(sorted(mine.items())) for mine in (found.layers, found.depth))
+    return found
 
 
-def _flat(mine: LayerReading | None, size: int) -> Tensor:
-    """fp64 (5 + E,): figures, then load; zeros for a layer that is elsewhere."""
-    if mine is None:
-        return torch.zeros(size + 5, dtype=torch.float64)
-    figures = torch.tensor([mine.dropped, mine.entropy, mine.margin, mine.tokens, mine.computed], dtype=torch.float64)
-    return torch.cat([figures, mine.load_E.double().cpu()])
+def _told(found: StepReading) -> dict[str, Any]:
+    """What a stage tells the others, as JSON data."""
+
+    def rows(readings: dict[int, LayerReading]) -> dict[str, list[Any]]:
+        return {
+            str(layer): [r.load_E.tolist(), r.dropped, r.entropy, r.margin, r.tokens, r.computed]
+            for layer, r in readings.items()
+        }
+
+    return {
+        "loss": found.loss,
+        "lm_loss": found.lm_loss,
+        "losses": found.losses,
+        "layers": rows(found.layers),
+        "depth": rows(found.depth),
+    }
 
 
 def _summed(mine: LayerReading, group: Group) -> LayerReading:
@@ -144,11 +146,16 @@ def _summed(mine: LayerReading, group: Group) -> LayerReading:
     names = sorted(mine.sums)
     tensors = [mine.sums[name] for name in names]
     E, device = len(mine.load_E), mine.load_E.device
-    sent = torch.cat([_flat(mine, E).to(device), *(t.double().reshape(-1) for t in tensors)])
+    # fp64 holds counts exactly.
+    figures = torch.tensor(
+        [mine.dropped, mine.entropy, mine.margin, mine.tokens, mine.computed], dtype=torch.float64, device=device
+    )
+    sent = torch.cat([figures, mine.load_E.double(), *(t.double().reshape(-1) for t in tensors)])
     group.all_reduce(sent, what="load of the step")
     figures, load_E, *rest = sent.split([5, E, *(t.numel() for t in tensors)])
     sums = {
         name: (part if t.is_floating_point() else part.round()).to(t.dtype).view_as(t)
         for name, t, part in zip(names, tensors, rest, strict=True)
     }
-    return LayerReading(load_E.round().to(mine.load_E.dtype), *figures.tolist(), sums=sums)
+    dropped, entropy, margin, tokens, computed = figures.tolist()
+    return LayerReading(load_E.round().to(mine.load_E.dtype), dropped, entropy, margin, tokens, computed, sums)

@@ -10,8 +10,7 @@ sums over all ranks over counts over all ranks, so gradients are plain sums, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +21,8 @@ from moesaic.models.inputs import side_inputs
 from moesaic.models.output import Output
 from moesaic.parallel.apply import Spread
 from moesaic.parallel.gradients import local
-from moesaic.plan.peers import ALONE
+from moesaic.parallel.stages import StageOutput
+from moesaic.plan.peers import ALONE, Peers
 from moesaic.plan.plan import RoutingPlan, SoftPlan
 from moesaic.routing import LossContext, Outcome, StepStats, balance_loss
 from moesaic.train.guard import check_finite
@@ -60,25 +60,33 @@ def train_step(
     """
     model.train()
     losses = StepLosses(model, batches, step, spread)
-    output, token_loss_T = None, None
-    for batch in batches:
-        output = forward(model, batch)
-        token_loss_T = lm_losses(output.logits, batch.targets_BS)
-        loss = losses.of_tokens(token_loss_T) + losses.of_plans(batch, output, token_loss_T)
-        loss.backward()  # type: ignore[no-untyped-call]
-    assert output is not None and token_loss_T is not None
+    pipeline = None if spread is None else spread.pipeline
+    if pipeline is not None:
+        pipeline.run(batches, losses.of)
+    else:
+        for i, batch in enumerate(batches):
+            output = forward(model, batch)
+            losses.of(i, batch, output).backward()  # type: ignore[no-untyped-call]
     reading = losses.reading
-    if spread is not None:
-        spread.sum_gradients()
     parameters = [p for p in model.parameters() if p.grad is not None]
     if spread is None:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     else:
+        spread.sum_gradients()
+        parameters = [p for p in model.parameters() if p.grad is not None]
         norm = spread.gradient_norm()
-        reading = over_ranks(reading, spread.world, spread.sizes)
+        reading = over_ranks(reading, spread.world)
     reading.grad_norm = norm.item()
+
+    def run_again() -> None:
+        if pipeline is not None:
+            pipeline.forward(batches, lambda *_: None)
+        else:
+            for batch in batches:
+                forward(model, batch)
+
     # Before clipping: scaling by a NaN norm would make every gradient NaN and hide where it began.
-    check_finite(model, reading.loss, reading.grad_norm, step, lambda: [forward(model, batch) for batch in batches])
+    check_finite(model, reading.loss, reading.grad_norm, step, run_again)
     # A norm within the limit would multiply every gradient by 1, one more pass over memory.
     if clip > 0 and float(clip / (norm + 1e-6)) < 1:
         if spread is None:
@@ -91,8 +99,8 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     after_step(model, reading)
     for layer, sparse in model.moe_layers().items():
-        sparse.router.observe(output.plans[layer].detach(), losses.outcome(output.plans, layer, token_loss_T))
-    return reading, output.plans
+        sparse.router.observe(losses.plans[layer].detach(), losses.outcome(layer, losses.last_T))
+    return reading, losses.plans
 
 
 class StepLosses:
@@ -100,17 +108,34 @@ class StepLosses:
 
     Attributes:
         reading: of this rank's share; of the language-model loss its part, of the others the whole.
+        plans: of the last micro-batch. last_T: its token losses; zeros on a pipeline stage without logits.
     """
 
     def __init__(self, model: Decoder, batches: Sequence[Batch], step: int, spread: Spread | None) -> None:
-        self.model, self.step, self.spread = model, step, spread
+        self.model, self.step = model, step
         self.peers = ALONE if spread is None else spread.peers
         self.num_sparse = len(model.moe_layers()) if spread is None else len(spread.sizes)
+        self.num_depth = len(model.depth_routers()) if spread is None else spread.num_depth
         self.micro = len(batches)
         targets = sum(int((b.targets_BS != IGNORE).sum()) for b in batches)
         if self.peers.count > 1:
             targets = int(self.peers.total(torch.tensor(targets, device=batches[0].ids_BS.device)))
         self.reading = StepReading(targets=targets)
+        self.plans: Plans = {}
+        self.last_T = torch.zeros(0)
+
+    def of(self, i: int, batch: Batch, output: Output | StageOutput) -> Tensor:
+        """What a forward of micro-batch ``i`` adds to the loss of the step."""
+        if output.logits is None:
+            token_loss_T = torch.zeros(batch.ids_BS.numel(), device=batch.ids_BS.device)
+            loss = token_loss_T.sum()
+        else:
+            token_loss_T = lm_losses(output.logits, batch.targets_BS)
+            loss = self.of_tokens(token_loss_T)
+        if i == self.micro - 1:
+            self.plans.update(output.plans)
+            self.last_T = token_loss_T if output.logits is not None or not len(self.last_T) else self.last_T
+        return loss + self.of_plans(batch, output, token_loss_T)
 
     def of_tokens(self, token_loss_T: Tensor) -> Tensor:
         """This rank's part of the mean over all target tokens of the step."""
@@ -119,14 +144,15 @@ class StepLosses:
         self.reading.loss += loss.item()
         return loss
 
-    def of_plans(self, batch: Batch, output: Output, token_loss_T: Tensor) -> Tensor:
+    def of_plans(self, batch: Batch, output: Output | StageOutput, token_loss_T: Tensor) -> Tensor:
         """Balancing losses and the routers' own, of the whole micro-batch, over the number of micro-batches."""
         reading, plans, moe = self.reading, output.plans, self.model.config.moe
         take_reading(reading.layers, plans)
         take_reading(reading.depth, output.depth)
         take_statistics(reading, self.model, plans)
         total = token_loss_T.new_zeros(())
-        for name, value in own_losses(self.model, output, token_loss_T, self.outcome).items():
+        own = own_losses(self.model, output, token_loss_T, peers=self.peers, counts=(self.num_sparse, self.num_depth))
+        for name, value in own.items():
             total = total + value / self.micro
             reading.losses[name] = reading.losses.get(name, 0.0) + value.item() / self.micro
         if moe is not None and plans and moe.losses:
@@ -137,11 +163,11 @@ class StepLosses:
         reading.loss += total.item()
         return total
 
-    def outcome(self, plans: Mapping[int, RoutingPlan | SoftPlan], layer: int, token_loss_T: Tensor) -> Outcome:
-        """See ``outcome_of``."""
-        return replace(outcome_of(plans, layer, token_loss_T), peers=self.peers)
+    def outcome(self, layer: int, token_loss_T: Tensor) -> Outcome:
+        """Of the last micro-batch, for the router of a sparse layer."""
+        return outcome_of(self.plans, layer, token_loss_T, peers=self.peers, num_layers=self.num_sparse)
 
-    def _balance(self, plans: Plans, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def _balance(self, plans: Mapping[int, RoutingPlan | SoftPlan], batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """Weighted balancing losses averaged over layers, and each one's unweighted mean."""
         moe = self.model.config.moe
         assert moe is not None
@@ -162,26 +188,40 @@ class StepLosses:
 
 def own_losses(
     model: Decoder,
-    output: Output,
+    output: Output | StageOutput,
     token_loss_T: Tensor,
-    outcome: Callable[[Mapping[int, RoutingPlan | SoftPlan], int, Tensor], Outcome] | None = None,
+    *,
+    peers: Peers = ALONE,
+    counts: tuple[int, int] | None = None,
 ) -> dict[str, Tensor]:
-    """Losses that only the routers themselves have, those of depth included, by name, summed over layers."""
-    outcome = outcome or outcome_of
+    """Losses that only the routers themselves have, those of depth included, by name, summed over the layers of ``output``.
+
+    ``counts``: sparse layers and depth blocks of the whole model, where these are a part of them.
+    """
     totals: dict[str, Tensor] = {}
     inside = {layer: sparse.router for layer, sparse in model.moe_layers().items()}
-    for routers, plans in ((inside, output.plans), (model.depth_routers(), output.depth)):
+    all_layers = counts or (len(output.plans), len(output.depth))
+    for routers, plans, number in zip(
+        (inside, model.depth_routers()), (output.plans, output.depth), all_layers, strict=True
+    ):
         for layer, plan in plans.items():
-            seen = outcome(plans, layer, token_loss_T)
-            for name, value in routers[layer].own_losses(plan, seen).items():
+            outcome = outcome_of(plans, layer, token_loss_T, peers=peers, num_layers=number)
+            for name, value in routers[layer].own_losses(plan, outcome).items():
                 totals[name] = totals[name] + value if name in totals else value
     return totals
 
 
-def outcome_of(plans: Mapping[int, RoutingPlan | SoftPlan], layer: int, token_loss_T: Tensor) -> Outcome:
+def outcome_of(
+    plans: Mapping[int, RoutingPlan | SoftPlan],
+    layer: int,
+    token_loss_T: Tensor,
+    *,
+    peers: Peers = ALONE,
+    num_layers: int | None = None,
+) -> Outcome:
     """What the forward led to, per token of the layer's plan: multi-head layers route several sub-tokens of each position."""
     heads = plans[layer].num_tokens // max(len(token_loss_T), 1)
-    return Outcome(token_loss_T.detach().repeat_interleave(heads), len(plans))
+    return Outcome(token_loss_T.detach().repeat_interleave(heads), num_layers or len(plans), peers=peers)
 
 
 def after_step(model: Decoder, reading: StepReading) -> None:
