@@ -59,6 +59,12 @@ def eplb(
     return tuple(Placement(_arrange(_checked(load_E, E), room, groups, nodes), E) for load_E in weights_LE)
 
 
+def initial(num_experts: int, ranks: int, replicas: int = 0) -> Placement:
+    """Where experts lie before any load is known: evenly, and ``replicas`` spare slots hold copies on other ranks."""
+    even = Placement.even(num_experts, ranks)
+    return improve(even, [1.0] * num_experts, slots=num_experts + replicas)
+
+
 def improve(
     current: Placement,
     load_E: Sequence[float],
