@@ -28,6 +28,7 @@ from moesaic.infer.domains import routers_by_task
 from moesaic.infer.generate import generate
 from moesaic.models.build import build_model
 from moesaic.models.decoder import Decoder
+from moesaic.parallel.moves import ExpertMoves
 from moesaic.parallel.start import Started
 from moesaic.plan.store import TraceWriter
 from moesaic.train.config import TrainConfig
@@ -139,6 +140,7 @@ class _Run:
         recompute = recompute_activations if self.config.recompute else None
         self.spread = self.team.spread(model, recompute, None if found is None else self.keeper.placements(found))
         self.optimizer = make_optimizer(model, self.config.optim)
+        self.moves = ExpertMoves(self.spread)
         # Noise drawn while training must not depend on how many numbers initialisation used.
         self.team.seed(self.config.seed + 1)
         return model
@@ -156,6 +158,7 @@ class _Run:
     def _restore(self, found: Found) -> None:
         saved = self.keeper.restore(found, self.model, self.optimizer, self.spread)
         self.feed.load_state_dict(saved["sampler"])
+        self.moves.load_state_dict(saved)
         self.state = RunState(step=saved["step"], **saved["run"])
         self.resumed_at = self.state.step
         if self.state.step > self.config.steps:
@@ -191,8 +194,10 @@ class _Run:
                     spread=self.spread,
                 )
                 state.step += 1
+                loads = {layer: mine.load_E for layer, mine in reading.layers.items()}
+                moved = self.moves.after_step(self.optimizer, state.step, loads)
                 record = step_record(config, state, reading, lr, time.perf_counter() - started)
-                record |= ranks_record(team, self.spread)
+                record |= moved | ranks_record(team, self.spread)
                 self.log.write(record)
                 if trace is not None:
                     trace.add(state.step, plans)
@@ -266,7 +271,12 @@ class _Run:
         if best:
             state.best_saved_loss = loss
         run = {name: getattr(state, name) for name in state.__dataclass_fields__ if name != "step"}
-        saved = {"corpus": self.corpus.fingerprint, "sampler": self.feed.state_dict(), "run": run}
+        saved = {
+            "corpus": self.corpus.fingerprint,
+            "sampler": self.feed.state_dict(),
+            "run": run,
+            **self.moves.state_dict(),
+        }
         self.keeper.save(state.step, self.model, self.optimizer, self.spread, saved, is_best=best, wait=wait)
 
     def _sample(self) -> None:
