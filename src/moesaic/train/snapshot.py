@@ -75,7 +75,7 @@ def save_snapshot(
         "optimizer": pack_optimizer(model, optimizer, tensors),
         "state": checked_state(state),
     }
-    tensors |= _random_states()
+    tensors |= random_states()
     final = parent / f"step-{step:08d}"
     with atomic_folder(final, overwrite=True) as partial:  # a damaged or abandoned snapshot of this step makes way
         fill_model_folder(partial, model, tokenizer, {"training.json": training})
@@ -158,7 +158,7 @@ def restore_snapshot(
         unpack_optimizer(packed, tensors, model, optimizer)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} was not written by moesaic: its fields do not fit ({error}).") from error
-    _set_random_states(tensors)
+    set_random_states(tensors)
     return {**state, "step": step}
 
 
@@ -170,14 +170,16 @@ def _refuse_sharded(folder: Path) -> None:
         )
 
 
-def _random_states() -> dict[str, torch.Tensor]:
+def random_states() -> dict[str, torch.Tensor]:
+    """Of all generators that training draws from, by name."""
     states = {"random/cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states |= {f"random/cuda/{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
     return states
 
 
-def _set_random_states(tensors: dict[str, torch.Tensor]) -> None:
+def set_random_states(tensors: dict[str, torch.Tensor]) -> None:
+    """Go on from what ``random_states`` gave."""
     torch.set_rng_state(tensors["random/cpu"])
     cuda = [key for key in tensors if key.startswith("random/cuda/")]
     here = torch.cuda.device_count() if torch.cuda.is_available() else 0

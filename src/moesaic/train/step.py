@@ -24,7 +24,7 @@ from moesaic.parallel.gradients import local
 from moesaic.parallel.stages import StageOutput
 from moesaic.plan.peers import ALONE, Peers
 from moesaic.plan.plan import RoutingPlan, SoftPlan
-from moesaic.routing import LossContext, Outcome, StepStats, balance_loss
+from moesaic.routing import LossContext, Outcome, Router, StepStats, balance_loss
 from moesaic.train.guard import check_finite
 from moesaic.train.loss import cross_entropy
 from moesaic.train.reading import Plans, StepReading, over_ranks, take_reading, take_statistics
@@ -201,9 +201,11 @@ def own_losses(
     totals: dict[str, Tensor] = {}
     inside = {layer: sparse.router for layer, sparse in model.moe_layers().items()}
     all_layers = counts or (len(output.plans), len(output.depth))
-    for routers, plans, number in zip(
-        (inside, model.depth_routers()), (output.plans, output.depth), all_layers, strict=True
-    ):
+    kinds: list[tuple[Mapping[int, Router], Mapping[int, RoutingPlan | SoftPlan], int]] = [
+        (inside, output.plans, all_layers[0]),
+        (model.depth_routers(), output.depth, all_layers[1]),
+    ]
+    for routers, plans, number in kinds:
         for layer, plan in plans.items():
             outcome = outcome_of(plans, layer, token_loss_T, peers=peers, num_layers=number)
             for name, value in routers[layer].own_losses(plan, outcome).items():
