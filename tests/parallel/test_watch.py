@@ -16,10 +16,10 @@ import torch.distributed as dist
 from moesaic.errors import DataError
 from moesaic.models import build_model
 from moesaic.models.config import ModelConfig, MoEConfig
-from moesaic.parallel.board import Record, Sight, missing
+from moesaic.parallel.board import EXIT_STATUS, Record, Sight, missing
 from moesaic.parallel.comm import Group
 from moesaic.parallel.layers import name_layers
-from moesaic.parallel.limit import EXIT_STATUS, Limit
+from moesaic.parallel.limit import Limit
 from moesaic.parallel.start import Started
 from moesaic.parallel.watch import CollectiveError, Watch
 from tests.parallel.processes import Ended, run_started

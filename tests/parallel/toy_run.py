@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -46,7 +45,8 @@ def train(args: argparse.Namespace, here: Started, stop: StopRequest) -> int:
     world = World(Layout.of(ParallelConfig(), here.world), here.rank, here.watch)
     agreement = Agreement(world.everyone, stop=lambda: stop.requested)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"pid-{here.rank}").write_text(str(os.getpid()))
+    with (args.out / f"starts-{here.rank}").open("a") as log:
+        log.write(f"{here.restarts}\n")
     saved = args.out / "saved.safetensors"
     state = {"weight": torch.zeros(WIDTH, WIDTH, dtype=torch.float64), "step": torch.zeros((), dtype=torch.int64)}
     if saved.exists():

@@ -11,7 +11,10 @@ while: who no longer writes does not answer, whatever clocks say.
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +25,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
+EXIT_STATUS = 3  # of a process that cannot end in order
 SHOWN = 4  # ranks named one by one
 SILENCE = 2.5  # beats without a sign of life that make a rank one that does not answer
 
@@ -89,6 +93,7 @@ class Board:
         """Write the first record, here, and go on in a thread. All ranks must have started before any of them looks."""
         self._write()
         self._thread.start()
+        atexit.register(self._at_exit)
 
     def end(self, why: str, blames: Sequence[int] = ()) -> None:
         """The last record, for those who look later; waits for it to be written, but not for long."""
@@ -99,6 +104,13 @@ class Board:
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join(2 * self.beat_s)
+
+    def _at_exit(self) -> None:
+        """Where the way to the store is cut, the thread may wait in it for ever, and the interpreter would abort over that."""
+        if self._thread.is_alive() and self._closing:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(EXIT_STATUS)
 
     def look(self, ranks: Sequence[int]) -> dict[int, Sight]:
         """Records of ``ranks``, once each has shown whether it lives; takes up to 2.5 beats.

@@ -12,10 +12,9 @@ import sys
 import threading
 import time
 
+from moesaic.parallel.board import EXIT_STATUS
 from moesaic.parallel.torchrun import tell_torchrun
 from moesaic.parallel.watch import Watch
-
-EXIT_STATUS = 3  # of a process ended here
 
 
 class Limit:
