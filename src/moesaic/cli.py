@@ -20,6 +20,7 @@ from moesaic.commands.evaluate import evaluate_command
 from moesaic.commands.generate import generate
 from moesaic.commands.info import info
 from moesaic.commands.lint import lint
+from moesaic.commands.plan_layout import plan_layout
 from moesaic.commands.profile import profile
 from moesaic.commands.quickstart import quickstart
 from moesaic.commands.report import report
@@ -43,6 +44,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "upcycle": upcycle_command,
     "densify": densify_command,
     "profile": profile,
+    "plan-layout": plan_layout,
     "doctor": doctor,
 }
 

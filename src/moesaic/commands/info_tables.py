@@ -41,18 +41,18 @@ def show_model(found: Facts, facts: dict[str, Any]) -> None:
         print(f"Counted by its formulas, not yet built: it needs {only.missing}.")
         if only.left_out:
             print(f"Not counted: {only.left_out}.")
-    _print(_parts(found))
+    print_table(_parts(found))
     if found.flops is not None:
         forward = sum(found.flops.values())
         print(
             f"FLOPs per token at a context of {found.context:,}: forward {amount(forward)}, training {amount(3 * forward)}, "
             f"{amount(4 * forward)} with everything recomputed"
         )
-    _print(_memory(found))
+    print_table(_memory(found))
     if found.checkpoint is not None:
         _say_checkpoint(found.checkpoint)
     if found.published:
-        _print(_published(found))
+        print_table(_published(found))
     for name, value in facts.items():
         if value is not None and not (name.removesuffix("_experts") in _OTHER_EXPERTS and not value):
             label = "feed-forward experts" if name == "experts" and free else name.replace("_", " ")
@@ -62,7 +62,7 @@ def show_model(found: Facts, facts: dict[str, Any]) -> None:
 
 def show_names(rows: list[dict[str, Any]]) -> None:
     """The list of presets."""
-    table = _table("", "name", ">total", ">active", ">published", ">layers", ">experts", ">k", "")
+    table = new_table("name", ">total", ">active", ">published", ">layers", ">experts", ">k", "")
     for row in rows:
         printed = row["published_total"] or ""
         if row["published_active"]:
@@ -83,12 +83,12 @@ def show_names(rows: list[dict[str, Any]]) -> None:
             "" if k is None else str(k),
             "" if row["built"] else "counted, not yet built",
         )
-    _print(table)
+    print_table(table)
     print("Active: under the convention of the published number. More about one: moesaic info NAME")
 
 
 def _parts(found: Facts) -> Table:
-    table = _table("", "part", ">parameters", ">per token", *([">FLOPs"] if found.flops is not None else []))
+    table = new_table("part", ">parameters", ">per token", *([">FLOPs"] if found.flops is not None else []))
     counts, flops = found.counts, found.flops or {}
     names = sorted({*counts.parts, *flops}, key=lambda part: (-counts.parts.get(part, 0), part))
     for part in names:
@@ -104,7 +104,7 @@ def _parts(found: Facts) -> Table:
 
 
 def _memory(found: Facts) -> Table:
-    table = _table("", "memory", ">size", "")
+    table = new_table("memory", ">size", "")
     if (held := found.checkpoint) is not None:
         table.add_row("weights, as stored", size(held.bytes), ", ".join(held.dtypes))
     for form, number in found.weights.items():
@@ -124,7 +124,7 @@ def _memory(found: Facts) -> Table:
 
 
 def _published(found: Facts) -> Table:
-    table = _table("", "", ">published", ">counted", ">difference", "")
+    table = new_table("", ">published", ">counted", ">difference", "")
     for row in found.published:
         note = "" if row.embeddings == "both" else "without the input embedding"
         table.add_row(
@@ -150,18 +150,19 @@ def _say_checkpoint(held: Headers) -> None:
         print(f"Kept aside, no part of the model: {held.aside:,} numbers.")
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title or None, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+def new_table(*columns: str) -> Table:
+    """A table of these columns; ">" before a name sets it to the right."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for name in columns:
         right = name.startswith(">")
         table.add_column(name.removeprefix(">"), justify="right" if right else "left", no_wrap=right or bool(name))
     return table
 
 
-def _print(table: Table) -> None:
+def print_table(table: Table, least: int = 110) -> None:
     """Wide enough for every figure: a narrow terminal wraps lines rather than losing columns."""
     console = Console(file=sys.stdout, highlight=False)
-    Console(file=sys.stdout, width=max(console.width, 110), highlight=False).print(table)
+    Console(file=sys.stdout, width=max(console.width, least), highlight=False).print(table)
 
 
 def amount(number: float) -> str:

@@ -21,12 +21,19 @@ _MOST_SLICES = 256  # offered in words
 
 
 def check_layout(
-    model: ModelConfig, parallel: ParallelConfig, world: int, *, batch_size: int, accumulate: int = 1
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    world: int,
+    *,
+    batch_size: int,
+    accumulate: int = 1,
+    ask_router: bool = True,
 ) -> Layout:
     """The layout of ``world`` processes for this model and batch.
 
     Args:
         batch_size, accumulate: rows of a micro-batch over all processes, micro-batches of a step.
+        ask_router: also build a sparse layer without memory, to ask whether its router may be spread.
 
     Raises ``ConfigError`` with the reason: processes that form no grid, widths or heads that cannot be sliced, fewer layers
     than stages, fewer experts than ranks, a batch with too few rows, capacity groups that lie on two ranks, a router that looks
@@ -37,7 +44,8 @@ def check_layout(
     _check_slices(model, layout)
     _check_stages(model, parallel, accumulate)
     _check_batch(model, layout, batch_size)
-    _check_router(model, layout)
+    if ask_router:
+        check_router(model, layout.dp)
     _check_nodes(parallel, layout)
     return layout
 
@@ -157,14 +165,14 @@ def _check_batch(model: ModelConfig, layout: Layout, batch_size: int) -> None:
         )
 
 
-def _check_router(model: ModelConfig, layout: Layout) -> None:
-    """A router that looks at other sequences must have them all."""
-    if model.moe is None or layout.dp == 1:
+def check_router(model: ModelConfig, dp: int) -> None:
+    """Raises ``ConfigError`` for a router that looks at other sequences, where they lie on other ranks."""
+    if model.moe is None or dp == 1:
         return
     with torch.device("meta"):
         sparse = build_ffn(model, model.moe_layers[0])
     assert isinstance(sparse, MoE)
-    check_spread(sparse.router, model.moe.router.name, layout.dp)
+    check_spread(sparse.router, model.moe.router.name, dp)
 
 
 def _check_nodes(parallel: ParallelConfig, layout: Layout) -> None:

@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from moesaic.cost.blocks import BlockShape, blocks_of
 from moesaic.cost.check_layout import check_layout
 from moesaic.cost.forecast import Forecast, Memory, RankForecast, Traffic, Training
 from moesaic.cost.load import Load, uniform
+from moesaic.cost.prepared import Prepared
 from moesaic.cost.rank import RankWork
 from moesaic.cost.schedule import bubble, even_stages
 from moesaic.layout import Layout, ParallelConfig
@@ -36,7 +36,7 @@ def forecast(
     load: Load = uniform,
     *,
     split: Split | None = None,
-    blocks: tuple[BlockShape, ...] | None = None,
+    prepared: Prepared | None = None,
     some: bool = False,
 ) -> Forecast:
     """Every rank of ``world``.
@@ -45,18 +45,25 @@ def forecast(
         load: how unevenly experts are used.
         split: the layers of every stage, from (model, pp, stages_per_rank); None cuts them into equal numbers. Training cuts by
             ``parallel.stages.split_stages``, which this folder must not know.
-        blocks: of ``model``, where they were made before.
+        prepared: of ``model`` and ``training.seq_len``, by who has checked its router (``check_layout``) before.
         some: of every stage only ranks that can be the largest, for a search among layouts.
 
     Raises ``ConfigError`` for a layout that cannot be.
     """
-    layout = check_layout(model, parallel, world, batch_size=training.batch_size, accumulate=training.accumulate)
+    layout = check_layout(
+        model,
+        parallel,
+        world,
+        batch_size=training.batch_size,
+        accumulate=training.accumulate,
+        ask_router=prepared is None,
+    )
     number = parallel.pp * parallel.stages_per_rank
     ranges = split(model, parallel.pp, parallel.stages_per_rank) if split else even_stages(model.num_layers, number)
-    work = RankWork(model, parallel, layout, training, load, blocks or blocks_of(model), ranges)
+    work = RankWork(model, parallel, layout, training, load, prepared or Prepared(model, training.seq_len), ranges)
     known: dict[object, RankForecast] = {}
     alike: dict[RankForecast, list[int]] = {}
-    for rank in _some(layout) if some else range(world):
+    for rank in _some(layout, load) if some else range(world):
         at = layout.coordinates(rank)
         if (key := work.alike(at)) not in known:
             known[key] = work.rank(at)
@@ -67,8 +74,8 @@ def forecast(
     return Forecast(layout, groups, idle, work.shares.whole_model(), work.rows.imbalance())
 
 
-def _some(layout: Layout) -> list[int]:
-    """Of every stage the first rank, which has most of every shard, and the first of those with most experts."""
-    last_ep = (layout.ep - 1) * layout.etp
+def _some(layout: Layout, load: Load) -> list[int]:
+    """Of every stage the first rank, which has most of every shard, and whoever may have most experts, or most rows."""
+    eps = (0, layout.ep - 1) if load is uniform else range(layout.ep)
     starts = range(0, layout.world, layout.dp * layout.tp)
-    return [start + place for start in starts for place in dict.fromkeys((0, last_ep))]
+    return [start + place for start in starts for place in dict.fromkeys(ep * layout.etp for ep in eps)]

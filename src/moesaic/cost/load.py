@@ -9,6 +9,7 @@ Legend: E experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 from moesaic.errors import ConfigError, DataError
@@ -40,11 +41,13 @@ def capped(weights: Sequence[float], rows: float) -> tuple[float, ...]:
     """Shares in proportion to ``weights``, none above ``1 / rows``: a token has ``rows`` rows for different experts."""
     limit = max(1 / rows, 1 / len(weights)) if rows > 0 else 1.0
     order = sorted(range(len(weights)), key=lambda e: -weights[e])
-    found = [0.0] * len(weights)
-    left, rest = 1.0, float(sum(weights))
-    for e in order:
-        found[e] = min(limit, left * weights[e] / rest) if rest > 0 else left / len(weights)
-        left, rest = left - found[e], rest - weights[e]
+    # Of each expert and those after it: exact where differences would leave a rest of rounding.
+    rest = list(accumulate(weights[e] for e in reversed(order)))[::-1]
+    found, left = [0.0] * len(weights), 1.0
+    for place, e in enumerate(order):
+        share = weights[e] / rest[place] if rest[place] > 0 else 1 / (len(weights) - place)
+        found[e] = min(limit, left * share)
+        left -= found[e]
     return tuple(found)
 
 

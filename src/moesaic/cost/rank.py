@@ -6,18 +6,15 @@ Legend: T tokens of a rank and micro-batch, D model width, b bytes of an activat
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from fractions import Fraction
-from functools import cache
 
 from moesaic.cost.activations import Activations, block_activations, head_activations
-from moesaic.cost.blocks import BlockShape
 from moesaic.cost.communication import all_reduce_bytes, gather_bytes
-from moesaic.cost.count import only
-from moesaic.cost.flops import part_flops
 from moesaic.cost.forecast import Memory, RankForecast, Sharded, Traffic, Training
-from moesaic.cost.load import Load, uniform
+from moesaic.cost.load import Load
+from moesaic.cost.prepared import Prepared
 from moesaic.cost.rows import At, Rows
 from moesaic.cost.schedule import Stage, stages_of
 from moesaic.cost.shares import Share, Shares
@@ -35,21 +32,25 @@ class RankWork:
         layout: Layout,
         training: Training,
         load: Load,
-        blocks: tuple[BlockShape, ...],
+        prepared: Prepared,
         ranges: Sequence[range],
     ) -> None:
         self.model, self.parallel, self.layout, self.training, self.load = model, parallel, layout, training, load
-        self.shares = Shares(model, parallel, layout, blocks)
+        self.shares = Shares(model, parallel, layout, prepared.blocks)
         self.pipeline = training.pipeline or parallel.schedule
         self.stages = stages_of(ranges, layout.pp, training.accumulate, self.pipeline)
         self.sharded: Sharded = training.sharded or ("all" if parallel.fsdp else "nothing")
         self.rows = Rows(parallel, layout, training, load, self.shares, model.dim)
-        self.flops_of = cache(self._flops_of)
+        first: dict[object, int] = {}
+        self._alike = [
+            first.setdefault((self.rows.like(layer), self.shares.kind(layer), model.window(layer)), layer)
+            for layer in range(model.num_layers)
+        ]
+        self.flops_of = prepared.flops_of
 
     def alike(self, at: At) -> object:
         """Equal for two ranks that everything is the same for."""
-        kinds = {id(block): layer for layer, block in enumerate(self.shares.blocks) if block.experts}
-        layers = kinds.values() if self.load is uniform else [i for i, b in enumerate(self.shares.blocks) if b.experts]
+        layers = dict.fromkeys(self.rows.like(i) for i, block in enumerate(self.shares.blocks) if block.experts)
         sharded = self.sharded != "nothing"
         return (
             at["pp"],
@@ -69,12 +70,12 @@ class RankWork:
         exchange = slices = rows = flops = sent = Fraction(0)
         for stage in stages:
             M, T = stage.micro_batches, self.rows.tokens(at["dp"])
-            for layer in stage.layers:
+            for layer, often in self._layers(stage).items():
                 own, received = self.rows.of(at, layer)
-                rows += received * M
-                exchange += self.rows.exchange(at, layer, own, received) * M
-                slices += self._slices(at, layer) * M
-                flops += self._block_flops(at, layer, received) * M
+                rows += received * M * often
+                exchange += self.rows.exchange(at, layer, own, received) * M * often
+                slices += self._slices(at, layer) * M * often
+                flops += self._block_flops(at, layer, received) * M * often
             if stage.last:
                 flops += 3 * 2 * self.model.dim * self.model.vocab_size * T * M
             if self.layout.pp > 1:
@@ -89,6 +90,11 @@ class RankWork:
             expert_rows=round(rows),
             flops=float(flops),
         )
+
+    def _layers(self, stage: Stage) -> Counter[int]:
+        """Its blocks, those alike counted under the first of them."""
+        alike = (self._alike[layer] for layer in stage.layers)
+        return Counter(alike)
 
     def _slices(self, at: At, layer: int) -> int:
         """Bytes of the sums of tensor parallelism in a micro-batch (``parallel/regions.py``): out of regions forward, into them
@@ -119,14 +125,17 @@ class RankWork:
         gradients = weights = 0
         for stage in stages:
             ends = self.shares.of_ends(at, stage, sharded=False)
-            blocks = [self.shares.of_block(at, layer, sharded=False) for layer in stage.layers]
-            for share, gathers in [(ends, 1), *((block, 2) for block in blocks)]:
+            blocks = [
+                (self.shares.of_block(at, layer, sharded=False), 2, count)
+                for layer, count in self._layers(stage).items()
+            ]
+            for share, gathers, count in [(ends, 1, 1), *blocks]:
                 for number, ranks in ((share.dense, layout.dp), (share.experts, layout.edp)):
                     if self.sharded == "nothing":
-                        gradients += all_reduce_bytes(number * precision.gradient, ranks)
+                        gradients += all_reduce_bytes(number * precision.gradient, ranks) * count
                         continue
                     # FSDP gathers a block for its forward and again for its backward, the rest once, in every micro-batch.
-                    often = M if self.sharded == "all" else 1
+                    often = count * (M if self.sharded == "all" else 1)
                     gradients += gather_bytes(number * precision.gradient, ranks) * often
                     weights += (
                         gather_bytes(number * precision.weight, ranks)
@@ -158,14 +167,14 @@ class RankWork:
         state //= 2 if self.pipeline == "dualpipe" else 1
         kept, casts, again = Fraction(0), Fraction(0), 0
         for stage in stages:
-            for layer in stage.layers:
+            for layer, count in self._layers(stage).items():
                 found = self._activations(at, layer)
                 if self.training.recompute:
-                    kept += found.recomputed * stage.kept
+                    kept += found.recomputed * stage.kept * count
                     again = max(again, found.kept - found.recomputed + found.casts)
                 else:
-                    kept += found.kept * stage.kept
-                    casts += found.casts * stage.kept
+                    kept += found.kept * stage.kept * count
+                    casts += found.casts * stage.kept * count
             if stage.last:
                 kept += head_activations(self.model, self.rows.tokens(at["dp"]), self.training.b)
                 casts += 2 * self.model.vocab_size * self.model.dim * (self.training.b < 4 == precision.weight)
@@ -199,12 +208,3 @@ class RankWork:
         shared_out = {name: flops for name, flops in parts.items() if name not in ("router", "experts", "row")}
         forward = T * (parts.get("router", 0.0) + sum(shared_out.values()) / self.layout.tp) + experts
         return Fraction(forward) * (4 if self.training.recompute else 3)
-
-    def _flops_of(self, layer: int, window: int | None) -> dict[str, float]:
-        """Forward FLOPs per token of a block by part, and under "row" of one row of its experts."""
-        config = replace(only(self.model, [layer]), sliding_window=window)
-        parts = part_flops(config, self.training.seq_len, 1)
-        del parts["head"]
-        rows = self.shares.blocks[layer].rows
-        parts["row"] = parts.get("experts", 0.0) / rows if rows else 0.0
-        return parts

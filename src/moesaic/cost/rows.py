@@ -9,6 +9,7 @@ Legend: T tokens of a rank and micro-batch, E experts, P ranks of an expert-para
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from fractions import Fraction
 from functools import cache
@@ -32,7 +33,7 @@ class Rows:
     ) -> None:
         self.parallel, self.layout, self.training, self.load, self.shares = parallel, layout, training, load, shares
         self.dim = dim
-        self.share_of_ep = cache(self._share_of_ep)
+        self._shares, self._per_token = cache(self._share_of_ep), cache(self._rows_per_token)
         self.loads, self.placement = cache(self._loads), cache(self._placement)
         self.group_tokens = cache(self._group_tokens)
 
@@ -52,8 +53,15 @@ class Rows:
         EP, ETP = self.layout.ep, self.layout.etp
         return sum(self.own_tokens((edp * EP + ep) * ETP + etp) for ep in range(EP))
 
-    def _share_of_ep(self, layer: int, ep: int) -> Fraction:
+    def like(self, layer: int) -> int:
+        """The first layer that the same is sent in."""
+        return self.shares.kind(layer) if self.load is uniform else layer
+
+    def share_of_ep(self, layer: int, ep: int) -> Fraction:
         """Share of a layer's rows for feed-forward experts that those at ``ep`` compute."""
+        return self._shares(self.like(layer), ep)
+
+    def _share_of_ep(self, layer: int, ep: int) -> Fraction:
         block = self.shares.blocks[layer]
         if self.load is uniform and not self.parallel.replicas:
             return Fraction(self.shares.slots(block, ep), block.experts)
@@ -75,12 +83,20 @@ class Rows:
         sparse = [layer for layer, block in enumerate(self.shares.blocks) if block.experts]
         if not sparse:
             return 1.0
-        places = range(self.layout.ep)
-        busiest = sum(max(self.share_of_ep(layer, ep) for ep in places) * self.per_token(layer) for layer in sparse)
-        return float(busiest * self.layout.ep / sum(self.per_token(layer) for layer in sparse))
+        counts = Counter(self.like(layer) for layer in sparse)
+        total = sum(self.per_token(layer) * often for layer, often in counts.items())
+        if self.load is uniform and not self.parallel.replicas:
+            most = {layer: self.share_of_ep(layer, self.layout.ep - 1) for layer in counts}
+        else:
+            most = {layer: max(self.share_of_ep(layer, ep) for ep in range(self.layout.ep)) for layer in counts}
+        busiest = sum(most[layer] * self.per_token(layer) * often for layer, often in counts.items())
+        return float(busiest * self.layout.ep / total)
 
     def per_token(self, layer: int) -> Fraction:
         """Rows per token for feed-forward experts; load that zero-computation experts take goes nowhere."""
+        return self._per_token(self.shares.kind(layer))
+
+    def _rows_per_token(self, layer: int) -> Fraction:
         block = self.shares.blocks[layer]
         true = Fraction(block.experts, max(1, block.experts + block.special))
         return Fraction(block.rows).limit_denominator(10**6) * true * Fraction(block.taken).limit_denominator(10**6)
