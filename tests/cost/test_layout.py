@@ -8,6 +8,8 @@ from fractions import Fraction
 import pytest
 
 from moesaic.cost import layout_published as published
+from moesaic.cost.activations import block_activations, head_activations
+from moesaic.cost.blocks import blocks_of
 from moesaic.cost.count import count_config
 from moesaic.cost.forecast import Training
 from moesaic.cost.layout import forecast
@@ -67,6 +69,23 @@ def test_stages_by_hand() -> None:
     assert last.parameters.total == 2 * (DENSE_BLOCK + 4 * EXPERT) + ENDS + 8
     head = 16 * (3 * 8 * 4 + 4 + 2 * 32 * 4)
     assert first.memory.activations == 2 * (last.memory.activations - head)  # two micro-batches against one
+
+
+def test_a_tied_matrix_is_summed_over_its_two_stages() -> None:
+    tied = replace(MODEL, tie_embeddings=True)
+    for dp, parallel in ((1, ParallelConfig(pp=2)), (2, ParallelConfig(pp=2, fsdp=True))):
+        training = Training(2, 2, 8)
+        both, one = (forecast(model, parallel, 2 * dp, training).groups[0].traffic for model in (tied, MODEL))
+        assert both.gradients - one.gradients == 4 * ENDS // dp
+
+
+def test_plans_are_kept_whole_where_rows_are_shared_out() -> None:
+    """tp 2 with whole experts: a rank executes half of the rows, and keeps the plan and the outputs of all."""
+    (rank,) = forecast(MODEL, ParallelConfig(tp=2, ep=2, etp=1), 2, Training(1, 1, 16, dtype="fp32")).groups
+    block = blocks_of(MODEL)[0]
+    layer = block_activations(MODEL, block, 16, sent=32, received=16, b=4, tp=2)
+    assert rank.memory.activations == 4 * layer.kept + head_activations(MODEL, 16, 4)
+    assert rank.expert_rows == 4 * 16  # of both shares those for its two experts
 
 
 def test_recomputation_keeps_inputs_and_one_block() -> None:

@@ -143,7 +143,9 @@ class RankWork:
                         * (gathers if self.sharded == "all" else 1)
                     )
             if self.model.tie_embeddings and stage.first != stage.last:
-                gradients += all_reduce_bytes(self.model.vocab_size * self.model.dim * precision.gradient, 2)
+                shards = layout.dp if self.sharded == "all" else 1
+                matrix = -(-self.model.vocab_size // shards) * self.model.dim
+                gradients += all_reduce_bytes(matrix * precision.gradient, 2)  # with the other stage that holds it
             gradients += sum(self._replica_gradients(layer) for layer in stage.layers)
         return gradients, weights
 
@@ -188,14 +190,15 @@ class RankWork:
         )
 
     def _activations(self, at: At, layer: int) -> Activations:
-        block, layout = self.shares.blocks[layer], self.layout
-        own, received = self.rows.of(at, layer)
+        block, layout, T = self.shares.blocks[layer], self.layout, self.rows.tokens(at["dp"])
+        _, received = self.rows.of(at, layer)
         # Weights that are kept in 16 bits need no copies.
         numbers = self.shares.matrices(layer, at["ep"]) if self.training.precision.weight == 4 else 0
+        # Of a plan all rows are kept, those too that another rank of the tp group sends.
+        rows = T * block.taken * block.rows
         return block_activations(
-            self.model, block, self.rows.tokens(at["dp"]), float(own), float(received), self.training.b,
-            tp=layout.tp, etp=layout.etp, casts=numbers,
-        )  # fmt: skip
+            self.model, block, T, rows, float(received), self.training.b, tp=layout.tp, etp=layout.etp, casts=numbers
+        )
 
     # ---- work ----------------------------------------------------------------------------------------------------
 
