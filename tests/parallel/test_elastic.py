@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import re
 import signal
 import sys
@@ -20,14 +22,32 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="processes are found through /proc"),
 ]
 
+TIMEOUT_S = 5
 Command = Callable[[Path, int], list[str]]  # run folder, steps -> what torchrun starts
 
 
 def toy(out: Path, steps: int) -> list[str]:
-    return ["-m", "tests.parallel.toy_run", "--out", str(out), "--steps", str(steps)]
+    return ["-m", "tests.parallel.toy_run", "--out", str(out), "--steps", str(steps), "--timeout-s", str(TIMEOUT_S)]
 
 
-COMMANDS: dict[str, Command] = {"toy": toy}
+def real(out: Path, steps: int) -> list[str]:
+    """Experts spread over both processes, checkpoints every 5 steps."""
+    folder = out.parent
+    if not (folder / "run.json").exists():
+        rng = random.Random(0)
+        words = ["".join(rng.choices("abcdefgh", k=rng.randint(1, 6))) for _ in range(50)]
+        texts = (" ".join(rng.choices(words, k=60)) for _ in range(200))
+        (folder / "text.txt").write_text("\n\n".join(texts))
+        moe = {"num_experts": 5, "k": 2, "hidden": 16}
+        model = {"dim": 16, "num_layers": 2, "num_heads": 2, "hidden": 32, "max_seq_len": 32, "moe": moe}
+        run = {"model": model, "seq_len": 32, "batch_size": 4, "eval_rows": 4, "eval_every": 0, "checkpoint_every": 5}
+        run |= {"sample_tokens": 0, "data": {"vocab_size": 300}, "parallel": {"ep": 2, "timeout_s": TIMEOUT_S}}
+        (folder / "run.json").write_text(json.dumps(run))
+    inputs = ["--config", str(folder / "run.json"), "--data", str(folder / "text.txt")]
+    return ["-m", "moesaic", "train", *inputs, "--steps", str(steps), "--out", str(out)]
+
+
+COMMANDS: dict[str, Command] = {"toy": toy, "moesaic train": real}
 
 
 @pytest.fixture(params=COMMANDS)
@@ -74,7 +94,7 @@ def test_a_stopped_rank_is_named_killed_and_started_again(tmp_path: Path) -> Non
     expected = undisturbed(toy, tmp_path / "undisturbed", 30)
     out = tmp_path / "stopped"
     run = launch(
-        [*toy(out, 30), "--timeout-s", "3"],
+        toy(out, 30),
         2,
         tmp_path / "log",
         max_restarts=1,
@@ -85,7 +105,7 @@ def test_a_stopped_rank_is_named_killed_and_started_again(tmp_path: Path) -> Non
     assert run.wait(120) == 0, run.said[-6000:]
     assert records(out) == expected
     (sentence,) = sentences(run.said)
-    assert re.match(r"Rank 0: .* with ranks 0, 1 took longer than 3 s in layer \d\. Rank 1 does not answer", sentence)
+    assert re.match(r"Rank 0: .* with ranks 0, 1 took longer than 5 s in layer \d\. Rank 1 does not answer", sentence)
 
 
 @pytest.mark.parametrize("whom", ["torchrun", "rank 0", "rank 1"])

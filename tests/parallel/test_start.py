@@ -17,10 +17,12 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore
 
 from moesaic.errors import ConfigError, MoesaicError
+from moesaic.layout import Layout, ParallelConfig
 from moesaic.parallel import torchrun
 from moesaic.parallel.rollcall import roll_call
 from moesaic.parallel.start import Started, start_processes
 from moesaic.parallel.torchrun import interface_to, loopback, read_launch, tell_torchrun, threads
+from moesaic.parallel.world import World
 from tests.parallel.processes import free_port, run_started
 
 WHOLE = {
@@ -238,6 +240,17 @@ def test_processes_find_each_other_and_leave_in_order() -> None:
     ended = run_started(2, _facts)
     assert [(e.code, e.said) for e in ended] == [(0, ""), (0, "")]
     assert [e.answer for e in ended] == [[rank, 2, rank, 2, "cpu", 1.0, "lo", "gloo", 1] for rank in (0, 1)]
+
+
+def _group_timeouts(here: Started) -> Any:
+    world = World(Layout.of(ParallelConfig(ep=2), here.world), here.rank, here.watch)
+    handles = [world["ep"].handle, world.everyone.handle]
+    assert all(handle is not None for handle in handles)
+    return [handle._get_backend(torch.device("cpu")).options._timeout.total_seconds() for handle in handles]  # type: ignore[union-attr]
+
+
+def test_every_group_has_the_time_of_the_run() -> None:
+    assert [e.answer for e in run_started(4, _group_timeouts, timeout_s=17.0)] == [[17.0, 17.0]] * 4
 
 
 def test_the_first_rank_waits_for_the_others_to_leave_its_store() -> None:

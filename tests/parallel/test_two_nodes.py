@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from tests.parallel.elastic import Run, launch, records, steps_done
-from tests.parallel.test_elastic import Command, sentences, toy, undisturbed
+from tests.parallel.test_elastic import COMMANDS, TIMEOUT_S, Command, sentences, toy, undisturbed
 from tests.parallel.two_nodes import TwoNodes, why_not
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-STEPS, TIMEOUT_S = 60, 5
+STEPS = 60
 
 
 @pytest.fixture
@@ -51,16 +51,14 @@ def finish(runs: list[Run]) -> None:
         assert "terminate called" not in run.said
 
 
-def limited(command: Command, out: Path) -> list[str]:
-    return [*command(out, STEPS), "--timeout-s", str(TIMEOUT_S)]
-
-
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_cut_link_is_said_on_both_nodes_within_the_time_and_a_restored_one_goes_on(
-    tmp_path: Path, nodes: TwoNodes
+    tmp_path: Path, nodes: TwoNodes, name: str
 ) -> None:
-    expected = undisturbed(toy, tmp_path / "undisturbed", STEPS)
+    command: Command = COMMANDS[name]
+    expected = undisturbed(command, tmp_path / "undisturbed", STEPS)
     out = tmp_path / "run"
-    runs = [start(nodes, node, limited(toy, out), tmp_path / f"{node}.log") for node in range(2)]
+    runs = [start(nodes, node, command(out, STEPS), tmp_path / f"{node}.log") for node in range(2)]
     until(lambda: steps_done(out) >= 8, runs)
     nodes.cut()
     cut = time.monotonic()
@@ -82,7 +80,7 @@ def test_a_cut_link_is_said_on_both_nodes_within_the_time_and_a_restored_one_goe
 def test_a_killed_process_restarts_those_of_both_nodes(tmp_path: Path, nodes: TwoNodes, node: int) -> None:
     expected = undisturbed(toy, tmp_path / "undisturbed", STEPS)
     out = tmp_path / "run"
-    runs = [start(nodes, number, limited(toy, out), tmp_path / f"{number}.log") for number in range(2)]
+    runs = [start(nodes, number, toy(out, STEPS), tmp_path / f"{number}.log") for number in range(2)]
     until(lambda: steps_done(out) >= 8, runs)
     os.kill(runs[node].workers()[node], signal.SIGKILL)
     finish(runs)
@@ -96,11 +94,11 @@ def test_a_killed_process_restarts_those_of_both_nodes(tmp_path: Path, nodes: Tw
 def test_a_node_that_is_lost_and_comes_back_is_taken_in(tmp_path: Path, nodes: TwoNodes) -> None:
     expected = undisturbed(toy, tmp_path / "undisturbed", STEPS)
     out = tmp_path / "run"
-    runs = [start(nodes, node, limited(toy, out), tmp_path / f"{node}.log") for node in range(2)]
+    runs = [start(nodes, node, toy(out, STEPS), tmp_path / f"{node}.log") for node in range(2)]
     until(lambda: steps_done(out) >= 8, runs)
     runs[1].kill()
     until(lambda: bool(sentences(runs[0].said)), runs[:1])
-    runs[1] = start(nodes, 1, limited(toy, out), tmp_path / "again.log")
+    runs[1] = start(nodes, 1, toy(out, STEPS), tmp_path / "again.log")
     finish(runs)
     assert records(out) == expected
     assert re.search(r"Rank 1 (does not answer|has ended)|store of the run", sentences(runs[0].said)[0])

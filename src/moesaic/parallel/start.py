@@ -130,8 +130,7 @@ def start_processes(
     watch = Watch(launch.rank, timeout_s, _cuda_mark if queues else None)
     watch.board = Board(store, launch.rank, launch.world, watch.record)
     watch.board.start()  # before the groups: they need all ranks, so every later look finds every record
-    # Where collectives are queued, words come first and the library's own limit, which aborts without any, after them.
-    _init(launch, store, mine, timeout_s * 1.5 + 10 if queues else timeout_s)
+    _init(launch, store, mine, watch.library_timeout)
     parent = os.getppid() if "TORCHELASTIC_RUN_ID" in environ else None
     limit = Limit(watch, timeout_s if queues else timeout_s * 1.1 + 5, 4 * timeout_s, parent)
     limit.start()
@@ -183,7 +182,7 @@ def _connect(launch: Launch, timeout_s: float) -> Store:
         ) from error
 
 
-def _init(launch: Launch, store: Store, device: torch.device, timeout_s: float) -> None:
+def _init(launch: Launch, store: Store, device: torch.device, timeout: timedelta) -> None:
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     try:
         dist.init_process_group(
@@ -191,7 +190,7 @@ def _init(launch: Launch, store: Store, device: torch.device, timeout_s: float) 
             store=PrefixStore("groups", store),
             rank=launch.rank,
             world_size=launch.world,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=timeout,
         )
     except RuntimeError as error:
         interface = os.environ.get("GLOO_SOCKET_IFNAME", "one of gloo's own choice")

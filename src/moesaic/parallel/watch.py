@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from types import TracebackType
 from typing import Protocol
 
@@ -83,6 +84,11 @@ class Watch:
         self._layer = ""
 
     @property
+    def library_timeout(self) -> timedelta:
+        """For groups. A library that queues would abort without words, so it gets longer than the limit of our own."""
+        return timedelta(seconds=self.timeout_s if self.mark is None else 1.5 * self.timeout_s + 10)
+
+    @property
     def layer(self) -> str:
         """Where the model is ("layer 3"), set by hooks (``layers.py``); empty outside."""
         return self._layer
@@ -108,11 +114,15 @@ class Watch:
 
     def take(self) -> dict[str, Spent]:
         """What was spent since the last call; seconds of what is still queued come with a later one."""
+        self.drain()
+        spent, self.spent = self.spent, {}
+        return spent
+
+    def drain(self) -> None:
+        """Book the time of queued collectives that are done."""
         while self.queued and self.queued[0][2].query():
             entry, begin, end = self.queued.popleft()
             self.spent.setdefault(entry.what, Spent()).seconds += begin.elapsed_time(end) / 1e3
-        spent, self.spent = self.spent, {}
-        return spent
 
     def record(self) -> Record:
         """For the board."""
@@ -196,3 +206,5 @@ class Collective:
             spent.seconds += now - self.started
         else:
             watch.queued.append((self, self.begin, watch.mark()))
+            if len(watch.queued) % 256 == 0:  # nobody may ever take
+                watch.drain()

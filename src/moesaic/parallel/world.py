@@ -65,11 +65,15 @@ class World:
         for ranks in groups:  # torch: every process makes every group, in one order
             if len(ranks) > 1 and ranks not in self._handles:
                 whole = len(ranks) == self.layout.world
-                self._handles[ranks] = dist.group.WORLD if whole else dist.new_group(list(ranks))
+                self._handles[ranks] = dist.group.WORLD if whole else self._new(ranks)
             if self.rank in ranks:
                 mine = Group(axis, ranks, self.rank, self._handles.get(ranks), self.watch)
         assert mine is not None
         return mine
+
+    def _new(self, ranks: tuple[int, ...]) -> Any:
+        # torch gives a group half an hour otherwise, whatever the default group has.
+        return dist.new_group(list(ranks), timeout=self.watch.library_timeout)
 
     def _levels(self, ranks_per_node: int) -> tuple[Group, Group]:
         """The ranks of the ep group in this node, and those at this place of every node."""
