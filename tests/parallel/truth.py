@@ -46,6 +46,7 @@ class Case:
             "zipf": the more the lower its number, for routers with ``gate_bias``).
         short: rows of the last micro-batch that are padding, counted from the end.
         placements: per sparse layer the experts of every rank's slots; evenly where it says nothing.
+        shadows: per sparse layer the experts that have shadows in the first step.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Case:
     short: int = 0
     ranks_per_node: int | None = None
     placements: dict[int, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    shadows: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
 
 def config_of(case: Case) -> ModelConfig:
@@ -165,6 +167,9 @@ def train(case: Case, world: World | None, between: Between | None = None) -> Tr
             recompute=recompute_activations if case.recompute else None,
             placements={i: Placement(slots, experts_of(model, i)) for i, slots in case.placements.items()},
         )
+        for layer, experts in case.shadows.items():
+            assert spread.shadows is not None
+            spread.shadows.choose(layer, experts)
     elif case.recompute:
         recompute_activations(model)
     held_first = {} if spread is None else dict(spread.held)

@@ -32,6 +32,7 @@ from moesaic.parallel.experts import keep_slots, stack_name, stack_of
 from moesaic.parallel.gradients import gradient_norm, sum_gradients
 from moesaic.parallel.held import Held, Kind, keep, whole
 from moesaic.parallel.pipeline import Pipeline
+from moesaic.parallel.shadow import ShadowDispatch, Shadows
 from moesaic.parallel.stages import split_stages, take_stages
 from moesaic.parallel.tensor import slice_dispatch, slice_model
 from moesaic.parallel.world import World
@@ -50,6 +51,7 @@ class Spread:
         sizes: experts of every sparse layer of the whole model, special ones included, by index.
         num_depth: Mixture-of-Depths blocks of the whole model.
         pipeline: runs the stages; None where the model is not cut into any.
+        shadows: of busy experts, where the config asks for them.
     """
 
     def __init__(self, model: Decoder, world: World, config: ParallelConfig) -> None:
@@ -59,6 +61,7 @@ class Spread:
         self.num_depth = len(model.depth_routers())
         self.pipeline: Pipeline | None = None
         self.placements: dict[int, Placement] = {}
+        self.shadows: Shadows | None = None
 
     @property
     def peers(self) -> Peers:
@@ -87,8 +90,15 @@ class Spread:
                 found[str(index)], exchange.computed = exchange.computed, 0
         return found
 
+    def begin_step(self) -> None:
+        """Before the first forward of a step."""
+        if self.shadows is not None:
+            self.shadows.fetch()
+
     def sum_gradients(self) -> None:
         """After the last backward of a step: every rank has the gradients of the whole batch for what it holds."""
+        if self.shadows is not None:
+            self.shadows.give_back()
         sum_gradients(self.parameters(), self.held, self.world, self.copied())
 
     def gradient_norm(self) -> Tensor:
@@ -161,6 +171,10 @@ def _place_experts(spread: Spread, placements: dict[int, Placement]) -> None:
             layer.dispatcher = ExchangeDispatch(
                 path, placement, ep.index, chunks=config.chunks, padded=ep if config.padded else None
             )
+            if config.shadow:
+                layer.dispatcher = ShadowDispatch(layer.dispatcher)
+    if config.shadow:
+        spread.shadows = Shadows(spread.model.moe_layers(), spread.placements, world)
 
 
 def make_path(world: World, placement: Placement) -> FlatPath | TwoLevelPath:
@@ -196,7 +210,8 @@ def _shard(spread: Spread) -> None:
         if world[axis].size == 1:
             continue
         group = world[axis]
-        if axis == "edp" and (spread.config.rebalance_every or any(p.replicated for p in spread.placements.values())):
+        moves = spread.config.rebalance_every or spread.config.shadow
+        if axis == "edp" and (moves or any(p.replicated for p in spread.placements.values())):
             _cuts_widths(unit, group.size)
 
         def place(parameter: nn.Parameter, size: int = group.size, axis: Axis = axis) -> Shard | None:
@@ -223,8 +238,8 @@ def _cuts_widths(stack: nn.Module, ranks: int) -> None:
             raise ConfigError(
                 f"parallel.fsdp would shard {name} of the experts by experts, because its next dimension, "
                 f"{parameter.shape[1]}, is no multiple of the {ranks} ranks with the same experts; copies of experts and "
-                "experts that move need equal parts of each. Set fsdp=false, replicas=0 and rebalance_every=0, or choose a "
-                "width or ep that divides."
+                "experts that move need equal parts of each. Set fsdp=false, or replicas=0, rebalance_every=0 and "
+                "shadow=false, or choose a width or ep that divides."
             )
 
 

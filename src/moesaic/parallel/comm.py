@@ -86,6 +86,14 @@ class Group:
                 dist.broadcast(x, self.ranks[source], group=self.handle)
         return x
 
+    def reduce(self, x: Tensor, target: int = 0, *, what: str) -> Tensor:
+        """The sum over the group, in place on its rank number ``target``; elsewhere ``x`` is no more what it was."""
+        if self.size > 1:
+            sent = _bytes(x) if self.index != target else 0
+            with self.watch.collective(what, self.axis, self.ranks, sent):
+                dist.reduce(x, self.ranks[target], group=self.handle)
+        return x
+
     def all_to_all(self, x_ND: Tensor, send: Sequence[int], receive: Sequence[int], *, what: str) -> Tensor:
         """Rows to their ranks: the first ``send[0]`` rows to rank 0, and so on; ``receive[p]`` rows come from rank p.
 

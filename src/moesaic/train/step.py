@@ -60,6 +60,8 @@ def train_step(
     """
     model.train()
     losses = StepLosses(model, batches, step, spread)
+    if spread is not None:
+        spread.begin_step()
     pipeline = None if spread is None else spread.pipeline
     if pipeline is not None:
         pipeline.run(batches, losses.of)
