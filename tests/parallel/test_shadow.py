@@ -20,11 +20,11 @@ from moesaic.parallel.watch import Watch
 from moesaic.parallel.world import World
 from moesaic.plan.capacity import CapacityRule
 from moesaic.plan.placement import Placement
-from moesaic.plan.predict import critical_rows, rows_between, shadows
+from moesaic.plan.predict import shadows
 from moesaic.train.optim import OptimConfig, make_optimizer
 from moesaic.train.step import train_step
 from tests.distributed import run_distributed
-from tests.parallel.truth import EPS, LR, Case, batches_of, build, compare, share
+from tests.parallel.truth import EPS, LR, Case, batches_of, build, compare, share, train
 
 EP2, EP4 = ParallelConfig(ep=2, shadow=True), ParallelConfig(ep=4, shadow=True)
 FIRST = {0: (0, 5), 1: (7,)}
@@ -101,3 +101,130 @@ def test_training_with_shadows_is_that_of_one_process(size: int, name: str) -> N
         assert all(wrong <= 1e-12 for wrong in found.values()), found
         there, back = answer[f"{name}, calls"].tolist()
         assert there == back >= 4
+
+
+# ---- by rule ---------------------------------------------------------------------------------------------------------
+
+ZIPF = Case("zipf", EP4, router={"gate_bias": True}, edit="zipf", batch=16, accumulate=2, dtype="float64")
+E, R, D, NUMBER = 8, 4, 16, 8
+STEPS = 3
+
+
+def by_rule(rank: int, case: Case) -> dict[str, Tensor]:
+    """Per step: rows of this rank by expert, rows it computed, bytes it sent, what was chosen for the next step."""
+    model, found = build(case), dict[str, Tensor]()
+    world = World(Layout.of(case.parallel, R), rank)
+    spread = apply(model, world, case.parallel)
+    assert spread.shadows is not None
+    optimizer = make_optimizer(model, OptimConfig(lr=LR, eps=EPS))
+    for layer, moe in model.moe_layers().items():
+
+        def note(_moe: Any, _args: Any, output: Any, layer: int = layer) -> None:
+            rows_E = torch.bincount(output[1].expert_N, minlength=E)
+            at = f"rows {step} {layer}"
+            found[at] = found[at] + rows_E if at in found else rows_E
+
+        moe.register_forward_hook(note)
+    for step in range(STEPS):
+        rows = share(batches_of(case, step), world["dp"].index, world["dp"].size)
+        world.watch.take()
+        reading, _ = train_step(model, optimizer, rows, lr=LR, clip=1.0, step=step + 1, spread=spread)
+        spent = world.watch.take()
+        found[f"loss {step}"] = torch.tensor(reading.loss, dtype=torch.float64)
+        travel = ("dispatch", "combine", "combine backward", "dispatch backward")
+        found[f"bytes {step}"] = torch.tensor([spent[what].sent_bytes for what in travel])
+        there_and_back = [spent.get(f"shadow {what}") for what in ("weights", "gradients")]
+        found[f"shadow bytes {step}"] = torch.tensor([0 if s is None else s.sent_bytes for s in there_and_back])
+        computed = spread.take_rows()
+        chosen = spread.shadows.decide()
+        for layer, moe in model.moe_layers().items():
+            found[f"computed {step} {layer}"] = torch.tensor(computed[str(layer)])
+            found[f"chosen {step} {layer}"] = torch.tensor(chosen.get(layer, ()), dtype=torch.int64)
+            assert expert_bytes(stack_of(moe)) == 3 * D * 16 * NUMBER
+    return found
+
+
+@functools.cache
+def ruled() -> list[dict[str, Tensor]]:
+    return run_distributed(R, by_rule, ZIPF)
+
+
+def test_the_rule_chooses_and_bytes_and_rows_follow() -> None:
+    ranks, placement, one = ruled(), Placement.even(E, R), 3 * D * 16 * NUMBER
+    alone = train(replace(ZIPF, steps=STEPS), None)
+    fell = 0
+    for step in range(STEPS):
+        assert all(float(a[f"loss {step}"]) == pytest.approx(alone.readings[step].loss, rel=1e-12) for a in ranks)
+        bytes_P4, shadow_bytes = torch.stack([a[f"bytes {step}"] for a in ranks]), 0
+        sent, back = torch.stack([a[f"shadow bytes {step}"] for a in ranks]).sum(dim=0).tolist()
+        rows_away = 0
+        for layer in (0, 1):
+            rows_RE = torch.stack([a[f"rows {step} {layer}"] for a in ranks])
+            home_E = torch.tensor([placement.home(e) for e in range(E)])
+            local_E = rows_RE[home_E, torch.arange(E)]
+            before = ranks[0][f"chosen {step - 1} {layer}"].tolist() if step else []
+            # Sent without shadows, and what they spare: rows to other ranks of the chosen.
+            away_E = rows_RE.sum(dim=0) - local_E
+            rows_away += int(away_E.sum() - away_E[before].sum())
+            shadow_bytes += len(before) * one * (R - 1)
+            computed = [int(a[f"computed {step} {layer}"]) for a in ranks]
+            shadowed_E = torch.zeros(E, dtype=torch.bool)
+            shadowed_E[before] = True
+            at_home = [int(rows_RE[:, home_E == r][:, ~shadowed_E[home_E == r]].sum()) for r in range(R)]
+            assert computed == [at_home[r] + int(rows_RE[r, shadowed_E].sum()) for r in range(R)]
+            unshadowed = max(int(rows_RE[:, home_E == r].sum()) for r in range(R))
+            assert sum(computed) == int(rows_RE.sum())
+            if before:
+                assert max(computed) < unshadowed
+                fell += 1
+            # What the step's rows decide for the next one.
+            chosen = shadows(rows_RE, placement, dim=D, element_bytes=NUMBER, expert_bytes=one)
+            assert all(tuple(a[f"chosen {step} {layer}"].tolist()) == chosen for a in ranks)
+            for e in range(E):
+                assert (e in chosen) == (4 * int(away_E[e]) * D * NUMBER > 2 * one)
+        assert bytes_P4.sum(dim=0).tolist() == [rows_away * D * NUMBER] * 4
+        assert [sent, back] == [shadow_bytes] * 2  # 2 * one for each that receives: weights there, gradients back
+    assert fell >= 3
+
+
+# ---- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def reduced(rank: int) -> dict[str, Tensor]:
+    group = World(Layout.of(ParallelConfig(ep=3), 3), rank)["ep"]
+    x = group.reduce(torch.tensor([1.0, 10.0]) * (rank + 1), 1, what="sum")
+    return {"x": x, "sent": torch.tensor(group.watch.take()["sum"].sent_bytes)}
+
+
+def test_reduce_by_hand() -> None:
+    ranks = run_distributed(3, reduced)
+    assert ranks[1]["x"].tolist() == [6.0, 60.0]
+    assert [int(a["sent"]) for a in ranks] == [8, 0, 8]
+    alone = Group("ep", (0,), 0, None, Watch())
+    assert alone.reduce(torch.tensor([3.0]), what="sum").tolist() == [3.0]
+
+
+def test_experts_there_are_not_and_other_states_are_refused() -> None:
+    shadowing = Shadows({}, {0: Placement.even(8, 2)}, World(Layout.of(ParallelConfig(), 1)))
+    for expert in (8, -1):
+        with pytest.raises(ConfigError, match=f"experts 0 to 7, so expert {expert} can have no shadow"):
+            shadowing.choose(0, (1, expert))
+    assert shadowing.chosen == {}
+    shadowing.choose(0, (1, 2, 1))
+    assert shadowing.chosen == {0: (1, 2)}
+    shadowing.load({"3": [1]})  # of a layer of another stage
+    for state in ({"0": 1}, {"0": [True]}, {"a": [1]}):
+        with pytest.raises(CheckpointError, match="lists of experts by layer"):
+            shadowing.load(state)
+    assert shadowing.decide() == {}  # nothing was counted, so nothing is chosen
+
+
+def forgotten(rank: int) -> dict[str, Tensor]:
+    """Gradients of shadows that stay where they are."""
+    Shadows.give_back = lambda self: None  # type: ignore[method-assign]
+    case = replace(CASES[2][0], dtype="float64")
+    return compare(case, World(Layout.of(case.parallel, 2), rank))
+
+
+def test_the_comparison_notices_gradients_that_do_not_come_home() -> None:
+    assert all(float(answer["plain: gradient"]) > 1e-3 for answer in run_distributed(2, forgotten))
