@@ -21,6 +21,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
 )
 
+from moesaic.errors import CheckpointError
+from moesaic.train.sharded.metadata import read_metadata
 from tests.train.sharded.damage import NAME, edit, refused, seal
 
 
@@ -122,6 +124,23 @@ def test_paths_that_leave_the_folder_are_refused(folder: Path, path: Any) -> Non
     if path == "unlisted.safetensors":
         (folder / path).write_bytes(b"x")
     assert str(folder) in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("../outside.safetensors", "could lie outside the folder"),
+        ("/etc/outside.safetensors", "could lie outside the folder"),
+        ("link.safetensors", "is a link to a file outside the folder"),
+        ("sharded.json", "where only .safetensors files are read"),
+        ("a\\b.safetensors", "is not a plain file name"),
+    ],
+)
+def test_paths_are_checked_whatever_the_manifest_lists(folder: Path, path: str, why: str) -> None:
+    (folder / "link.safetensors").symlink_to(folder.parent / "outside.safetensors")
+    edit(folder, lambda metadata: _place(metadata, path))
+    with pytest.raises(CheckpointError, match=why):
+        read_metadata(folder, {".metadata", "rank-00000.safetensors", "rank-00001.safetensors", path})
 
 
 def _chunk(metadata: Metadata, offsets: Any, sizes: Any) -> None:

@@ -88,6 +88,33 @@ def test_a_consolidated_snapshot_is_the_one_that_one_process_writes(tmp_path: Pa
     assert json.loads((folder / "training.json").read_text()) == json.loads((theirs / "training.json").read_text())
 
 
+def _from_one_file(rank: int, folder: str) -> dict[str, Tensor]:
+    torch.manual_seed(0)  # as in the test's own process: the random state is saved, too
+    model, optimizer = started(steps=3)
+    good = []
+    for cut in CUTS:
+        part = part_of(model, optimizer, cut, rank, blank=True)
+        state = restore(folder, part, everyone())
+        assert state == {"caller": 1, "step": 7}
+        wanted = part_of(model, optimizer, cut, rank)
+        good.append(_equal(part.values(), wanted.values()))
+        good.append(part.optimizer.param_groups[0]["betas"] == optimizer.param_groups[0]["betas"])
+    return {"good": torch.tensor(good)}
+
+
+def test_many_ranks_go_on_with_the_snapshot_of_one_process(tmp_path: Path) -> None:
+    model, optimizer = started(steps=3)
+    folder = save_snapshot(tmp_path, 7, model, optimizer, {"caller": 1})
+    for answer in run_distributed(2, _from_one_file, str(folder)):
+        assert answer["good"].all()
+    path = folder / "training.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"training.safetensors is damaged"):
+        restore(folder, part_of(model, optimizer, "one", 0), everyone())
+
+
 def test_both_forms_are_one_series(tmp_path: Path) -> None:
     model, optimizer = started(steps=1)
     save_snapshot(tmp_path, 200, model, optimizer, {})
@@ -175,7 +202,7 @@ def test_groups_of_ranks_make_one_optimizer() -> None:
 
 def _train_until_killed(rank: int, run: str, seed: int, background: bool) -> dict[str, Tensor]:
     """Save a checkpoint per step until a SIGKILL takes one rank, from a thread, at a random moment."""
-    torch.manual_seed(0)  # as in the test's own process: the random state is saved, too
+    torch.manual_seed(0)
     model, optimizer = started(steps=1)
     chance = random.Random(seed)
     victim, after = chance.randrange(2), chance.uniform(0.0, 0.6)
@@ -200,11 +227,11 @@ def _train_until_killed(rank: int, run: str, seed: int, background: bool) -> dic
     return {}
 
 
-def _check_after_kill(run: Path) -> None:
+def _check_after_kill(run: Path, at_least: int) -> None:
     found = newest_checkpoint(run, everyone())
     assert found is not None
     step = int(found.name[5:])
-    assert step >= 3
+    assert step >= at_least
     part = part_of(*started(), "one", 0, blank=True)
     restore(found, part, everyone())
     assert _equal(part.values(), part_of(*_trained(step), "one", 0).values())
@@ -228,7 +255,7 @@ def _one_more(rank: int, run: str) -> dict[str, Tensor]:
 def test_a_kill_at_any_moment_leaves_the_last_whole_checkpoint(tmp_path: Path, seed: int, background: bool) -> None:
     with pytest.raises(RuntimeError, match="ranks"):
         run_distributed(2, _train_until_killed, str(tmp_path), seed, background)
-    _check_after_kill(tmp_path)
+    _check_after_kill(tmp_path, at_least=2 if background else 3)  # in the background one more may be on its way
     time.sleep(0.1)
     run_distributed(2, _one_more, str(tmp_path))  # and the next save clears up
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())

@@ -42,8 +42,8 @@ class ShardedCheckpoint:
     Attributes:
         world, layout: how many ranks wrote it, and the words for how they shared the model.
         tensors: logical name -> shape, dtype, whether it is stacked experts.
-        fingerprints: of every entry.
-        entries: where each entry lies.
+        fingerprints: of every entry; of a single-file checkpoint there are none.
+        shards: where each entry lies, and how it is read.
         extra: the caller's state.
     """
 
@@ -52,13 +52,13 @@ class ShardedCheckpoint:
     layout: str
     tensors: dict[str, Whole]
     fingerprints: dict[str, int]
-    entries: dict[str, Stored]
+    shards: Shards
     extra: dict[str, Any]
 
     @property
-    def shards(self) -> Shards:
-        """Its files."""
-        return Shards(self.folder, self.entries)
+    def entries(self) -> Mapping[str, Stored]:
+        """Where each entry lies."""
+        return self.shards.stored
 
 
 def is_sharded(folder: str | os.PathLike[str]) -> bool:
@@ -99,7 +99,7 @@ def open_sharded(folder: str | os.PathLike[str], share: tuple[int, int] | None =
         odd = sorted(entries.keys() ^ fingerprints.keys())[0]
         raise CheckpointError(f"{path} and the metadata beside it do not hold the same tensors: {show(odd)}; refused.")
     extra = read_json(safe_member(folder, EXTRA))
-    return ShardedCheckpoint(folder, world, layout, tensors, fingerprints, entries, extra)
+    return ShardedCheckpoint(folder, world, layout, tensors, fingerprints, Shards(folder, entries), extra)
 
 
 def row_of(whole: Whole) -> dict[str, Any]:

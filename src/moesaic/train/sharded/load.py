@@ -57,7 +57,7 @@ def fill_from(checkpoint: ShardedCheckpoint, tensors: Tensors, *, group: Group, 
     mine = together(group, "checkpoint: check", planner.fingerprints)
     found = _added(group.values(mine, what="checkpoint: check"))
     for name, number in found.items():
-        if number != checkpoint.fingerprints[name]:
+        if number != checkpoint.fingerprints.get(name, number):
             raise CheckpointError(
                 f"{name} of {checkpoint.folder} is not what was saved: its fingerprint is {number:016x} and was "
                 f"{checkpoint.fingerprints[name]:016x}. Use an older or another copy."

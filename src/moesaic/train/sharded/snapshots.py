@@ -26,11 +26,12 @@ from moesaic.config import to_dict
 from moesaic.errors import CheckpointError, disk_errors
 from moesaic.parallel.comm import Group
 from moesaic.train.sharded.agree import first_says, together
-from moesaic.train.sharded.checkpoint import EXTRA, ShardedCheckpoint, open_sharded
+from moesaic.train.sharded.checkpoint import EXTRA, ShardedCheckpoint, is_sharded, open_sharded
 from moesaic.train.sharded.entries import Tensors
 from moesaic.train.sharded.load import fill_from
 from moesaic.train.sharded.optimizer import merge_optimizers, optimizer_room, unpack_optimizer
 from moesaic.train.sharded.save import save_sharded
+from moesaic.train.sharded.single import open_single
 from moesaic.train.snapshot import VERSION, checked_state, newest_first, next_serial, take_over
 
 
@@ -51,7 +52,8 @@ def save_sharded_snapshot(
     """As ``save_snapshot`` of one process, by all ranks: the new checkpoint is read back before an old one is deleted.
 
     Args:
-        tensors: parameters, buffers, ``pack_optimizer``'s moments and random states that this rank holds.
+        tensors: parameters, buffers, ``pack_optimizer``'s moments and random states that this rank holds; "random/cpu" (the
+            same on all ranks) is what a run of one process goes on with.
         state: JSON data; the first rank's counts. optimizer: of every rank, what ``pack_optimizer`` gave.
         files: ``model_files``. layout, aside: see ``save_sharded``.
     """
@@ -129,12 +131,18 @@ def restore_sharded_snapshot(
 ) -> dict[str, Any]:
     """Fill ``tensors`` and the state of ``optimizer`` and return the caller's ``state`` with ``"step"`` added.
 
-    ``tensors``: all but the optimizer's state that this rank holds. ``trained``: those of them that the optimizer trains, the
-    parameter objects themselves. Raises ``CheckpointError`` as ``load_sharded``; nothing has changed then.
+    ``folder`` may also be a snapshot of one process. ``tensors``: all but the optimizer's state that this rank holds.
+    ``trained``: those of them that the optimizer trains, the parameter objects themselves. ``skip``: see ``load_sharded``.
+    Random states come into ``tensors`` as everything else; the caller sets them. Raises ``CheckpointError`` as
+    ``load_sharded``; nothing has changed then.
     """
+    stacked = [name for name, (held, _) in tensors.items() if held.kind == "experts"]
+    experts = {name for theirs in group.values(stacked, what="checkpoint: experts") for name in theirs}
 
     def look() -> tuple[ShardedCheckpoint, Tensors, dict[str, Any], int]:
-        checkpoint = open_sharded(folder, share=(group.index, group.size))
+        share = (group.index, group.size)
+        sharded = is_sharded(folder)
+        checkpoint = open_sharded(folder, share) if sharded else open_single(folder, experts, share)
         state, step = checkpoint.extra.get("state"), checkpoint.extra.get("step")
         if checkpoint.extra.get("version") != VERSION or not isinstance(state, dict) or not isinstance(step, int):
             raise CheckpointError(f"{checkpoint.folder / EXTRA} is not that of a training run, or of another version.")

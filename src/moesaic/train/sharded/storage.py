@@ -94,14 +94,23 @@ class ShardedWriter(FileSystemWriter):
 
 
 class Shards:
-    """The files of a checkpoint on the disk, read piece by piece. ``stored``: what its metadata says."""
+    """The files of a checkpoint on the disk, read piece by piece.
 
-    def __init__(self, folder: Path, stored: Mapping[str, Stored]) -> None:
-        self.folder, self.stored = folder, stored
+    Args:
+        stored: what its metadata says.
+        infos: where each entry lies whole, if the files are not ours (``single.py``).
+    """
+
+    def __init__(
+        self, folder: Path, stored: Mapping[str, Stored], infos: Mapping[str, TensorInfo] | None = None
+    ) -> None:
+        self.folder, self.stored, self.infos = folder, stored, infos
         self._headers: dict[str, dict[str, TensorInfo]] = {}
 
     def find(self, name: str, region: Ranges, file: str) -> TensorInfo:
         """Where a piece lies. Raises ``CheckpointError`` where the file has no such piece."""
+        if self.infos is not None:
+            return self.infos[name]
         entry = self.stored[name]
         key = piece_key(name, region, entry.shape)
         if file not in self._headers:
