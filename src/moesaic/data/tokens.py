@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 from moesaic.data.readers import Document, Documents, LabelBy, read_documents, resolve
 from moesaic.data.split import TokenView, split
 from moesaic.errors import DataError, MoesaicError, disk_errors
-from moesaic.tokenizer import encode, eos_id, is_byte_level, lone_surrogate
+from moesaic.tokenizer import eos_id, is_byte_level, lone_surrogate
 
 __all__ = [
     "Progress",
@@ -81,12 +81,33 @@ def pieces_of(text: str, byte_level: bool) -> Iterator[str]:
     yield text[start:]
 
 
-def encode_document(tokenizer: Tokenizer, text: str) -> Iterator[npt.NDArray[np.int64]]:
-    """The ids of a document as a store holds them, a few thousand at a time; the end-of-text token is the very last."""
-    pieces = list(pieces_of(text, is_byte_level(tokenizer)))
-    for number, piece in enumerate(pieces, start=1):
-        ids = encode(tokenizer, piece)
-        yield np.array(ids if number < len(pieces) else [*ids, eos_id(tokenizer)], dtype=np.int64)
+Encoded = tuple[int, npt.NDArray[np.int64], bool]
+
+
+def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[Encoded]:
+    """(number of the document, some of its ids, whether they are its last) of each document, as a store holds them.
+
+    The end-of-text token is the last id of each. About 30 kB of text are taken and encoded at a time.
+    """
+    end = eos_id(tokenizer)
+    held: list[tuple[int, bool, str]] = []
+    size = 0
+    for number, text in enumerate(texts):
+        pieces = list(pieces_of(text, is_byte_level(tokenizer)))
+        for n, piece in enumerate(pieces, start=1):
+            held.append((number, n == len(pieces), piece))
+            size += len(piece)
+            if size >= _PIECE:
+                yield from _encoded(tokenizer, held, end)
+                held, size = [], 0
+    yield from _encoded(tokenizer, held, end)
+
+
+def _encoded(tokenizer: Tokenizer, held: list[tuple[int, bool, str]], end: int) -> Iterator[Encoded]:
+    # Unlike encode, encode_batch lets other threads run meanwhile.
+    encodings = tokenizer.encode_batch([piece for _, _, piece in held], add_special_tokens=False)
+    for (number, last, _), encoding in zip(held, encodings, strict=True):
+        yield number, np.array([*encoding.ids, end] if last else encoding.ids, dtype=np.int64), last
 
 
 def _batches(documents: Iterable[Document], byte_level: bool) -> Iterator[tuple[list[str], list[Document | None]]]:

@@ -292,13 +292,14 @@ def test_files_on_the_web(tmp_path: Path, etags: bool, suffix: str, monkeypatch:
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """``owner/name``, reached by huggingface_hub's own client."""
     huggingface_hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     huggingface_hub.HfFileSystem.clear_instance_cache()
     with serving(Hub({})) as server:
         assert isinstance(server, Hub)
         template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.address)
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", server.address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         yield server
     huggingface_hub.HfFileSystem.clear_instance_cache()
 
@@ -359,8 +360,7 @@ def test_the_hub_streams_as_local_files_do(hub: Hub, tmp_path: Path, monkeypatch
 
 
 def test_the_hub_offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    huggingface_hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(pytest.importorskip("huggingface_hub.constants"), "HF_HUB_OFFLINE", True)
     fails(
         "hf://owner/name cannot be streamed while HF_HUB_OFFLINE is set; unset it, or give local files",
         "hf://owner/name",

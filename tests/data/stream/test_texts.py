@@ -9,15 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from moesaic.data.corpus import load_corpus
 from moesaic.data.stream.lanes import Stripe
 from moesaic.data.stream.patient import Patience
 from moesaic.data.stream.texts import Skipped, is_held_out
 from moesaic.data.stream.tokens import TokenStream
+from moesaic.data.tokens import encode_documents
 from moesaic.errors import ConfigError, DataError
-from moesaic.tokenizer import EOS
+from moesaic.models import RouterConfig, build_model
+from moesaic.tokenizer import EOS, encode, eos_id
+from moesaic.train.fit import fit_routers
 from tests.data.stream.shards import config, documents, feed_of, held_out, texts_of, tokenizer, write_shards
+from tests.train.tiny_run import tiny_config
 
 SHARDS = documents(6, 40)
 
@@ -156,3 +161,28 @@ def test_whole_texts_and_paragraphs_stream_too(tmp_path: Path) -> None:
     assert tokenizer().decode(batch.ids_BS[0].tolist()).startswith("A para")
     with pytest.raises(DataError, match="held out"):  # all paragraphs are alike, so all are on one side
         load_corpus(replace(wanted, val_fraction=1e-9), tokenizer=tokenizer())
+
+
+def test_routers_that_count_are_fitted_on_the_sample(folder: Path) -> None:
+    moe = {"router": RouterConfig("hash", {"kind": "balanced"}), "losses": {}, "k": 2}
+    models = [build_model(tiny_config(moe=moe).model, seed=0) for _ in range(2)]
+    stream = TokenStream(texts_of(folder), tokenizer())
+    fit_routers(models[0], stream, lambda _: None)
+    fit_routers(models[1], stream.sample(), lambda _: None)
+    tables = [[layer.router.table_KV for layer in model.moe_layers().values()] for model in models]
+    assert all(torch.equal(a, b) for a, b in zip(*tables, strict=True))
+    fresh = build_model(tiny_config(moe=moe).model, seed=0).moe_layers()
+    assert not torch.equal(tables[0][0], fresh[0].router.table_KV)
+
+
+def test_documents_are_encoded_as_in_a_store() -> None:
+    """Whatever their sizes and however they are grouped: the ids of one call for each, and the end-of-text token."""
+    texts = ["a", "", "words " * 20_000, "document " * 3, "é" * 40_000, "x"]
+    found: list[list[int]] = [[] for _ in texts]
+    ended = []
+    for number, ids, last in encode_documents(tokenizer(), texts):
+        assert len(ids)
+        found[number] += ids.tolist()
+        ended += [number] if last else []
+    assert ended == list(range(6))
+    assert found == [[*encode(tokenizer(), text), eos_id(tokenizer())] for text in texts]

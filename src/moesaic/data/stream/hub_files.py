@@ -42,15 +42,15 @@ def find_hub_files(files: Any, source: str) -> list[tuple[str, Mapping[str, Any]
 
 
 def _commit(repo: str, revision: str | None) -> str:
-    import huggingface_hub  # there, as the file system is its
+    from huggingface_hub import HfApi, constants, errors  # there: the file system is theirs
 
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         raise DataError(f"hf://{repo} cannot be streamed while HF_HUB_OFFLINE is set; unset it, or give local files.")
     try:
-        sha = huggingface_hub.HfApi().dataset_info(repo, revision=revision).sha
-    except huggingface_hub.errors.RevisionNotFoundError as error:
+        sha = HfApi().dataset_info(repo, revision=revision).sha
+    except errors.RevisionNotFoundError as error:
         raise DataError(f'The data set {repo} has no revision "{revision}".') from error
-    except huggingface_hub.errors.RepositoryNotFoundError as error:  # also what the hub says of private ones
+    except errors.RepositoryNotFoundError as error:  # also what the hub says of private ones
         raise DataError(
             f"There is no data set {repo} on the hub, or it is private; check the name, or log in with: hf auth login."
         ) from error

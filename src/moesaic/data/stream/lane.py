@@ -14,7 +14,7 @@ from moesaic.data.formats import START
 from moesaic.data.split import Ints
 from moesaic.data.stream.lanes import Cursor, Lanes, Stripe, hash_order
 from moesaic.data.stream.texts import Skipped, Text, Texts
-from moesaic.data.tokens import encode_document
+from moesaic.data.tokens import encode_documents
 from moesaic.errors import DataError
 
 _BARREN = 100  # epochs in which a lane finds nothing, after which it is not bad luck
@@ -97,18 +97,20 @@ class Lane:
 
     def _read(self, cursor: Cursor) -> Generator[_Span]:
         skip = cursor.token
-        for at, text in self._documents(cursor):
+        for at, texts in self._windows(cursor):
             token = 0
-            for piece in encode_document(self._tokenizer, text.text):
-                used = min(max(skip - token, 0), len(piece))
-                if used < len(piece):
-                    yield _Span(at._replace(token=token + used), piece[used:], text.label)
-                token += len(piece)
-            skip = 0
+            for number, ids, last in encode_documents(self._tokenizer, (text.text for text in texts)):
+                used = min(max(skip - token, 0), len(ids))
+                if used < len(ids):
+                    place = at._replace(document=at.document + number, token=token + used)
+                    yield _Span(place, ids[used:], texts[number].label)
+                token += len(ids)
+                if last:
+                    token = skip = 0
 
-    def _documents(self, cursor: Cursor) -> Iterator[tuple[Cursor, Text]]:
-        """All documents from that of ``cursor`` on, each with its own cursor (of row and token 0)."""
-        epoch, first, start, index, barren = cursor.epoch, cursor.stripe, cursor.place, cursor.document, 0
+    def _windows(self, cursor: Cursor) -> Iterator[tuple[Cursor, list[Text]]]:
+        """The documents of each window in drawn order, the first ones from that of ``cursor`` on; and where they begin."""
+        epoch, first, start, begin, barren = cursor.epoch, cursor.stripe, cursor.place, cursor.document, 0
         while True:
             found = False
             for number, stripe in islice(enumerate(self._dealt.stripes(self._number, epoch)), first, None):
@@ -116,10 +118,9 @@ class Lane:
                 while window := list(islice(texts, self._texts.config.shuffle)):
                     found = True
                     order = self._order(len(window), epoch, stripe, start.record)
-                    for n in range(index, len(window)):
-                        yield Cursor(0, epoch, number, *start, n), window[order[n]]
-                    start, index = window[-1].after, 0
-                start, index = START, 0
+                    yield Cursor(0, epoch, number, *start, begin), [window[n] for n in order[begin:]]
+                    start, begin = window[-1].after, 0
+                start, begin = START, 0
             epoch, first, barren = epoch + 1, 0, 0 if found else barren + 1
             if barren == _BARREN:
                 raise DataError(

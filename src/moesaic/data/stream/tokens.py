@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from moesaic.data.split import TokenView
 from moesaic.data.stream.feed import StreamFeed
 from moesaic.data.stream.texts import Text, Texts
-from moesaic.data.tokens import encode_document, tokenizer_sha256
+from moesaic.data.tokens import encode_documents, tokenizer_sha256
 from moesaic.errors import DataError
 
 _SAMPLE_TOKENS = 2_000_000
@@ -55,12 +55,12 @@ class TokenStream:
         return self._view(self.texts.spread(held_out=True), self.texts.config.val_tokens)
 
     def _view(self, texts: Iterable[Text], most: int) -> TokenView:
-        ids, labels, ends = [np.zeros(0, dtype=np.int64)], [], [0]
-        for text in texts:
-            pieces = list(encode_document(self.tokenizer, text.text))
-            ids += pieces
+        parts, labels, ends = [np.zeros(0, dtype=np.int64)], [], [0]
+        for text in texts:  # one at a time: finding the next one that is held out may take a while
+            ids = [ids for _, ids, _ in encode_documents(self.tokenizer, [text.text])]
+            parts += ids
             labels.append(text.label)
-            ends.append(ends[-1] + sum(map(len, pieces)))
+            ends.append(ends[-1] + sum(map(len, ids)))
             if ends[-1] >= most:
                 break
         if not labels:
@@ -69,4 +69,5 @@ class TokenStream:
                 "data.val_fraction, or cut long files with data.document=paragraphs."
             )
         end_D = np.array(ends, dtype=np.int64)
-        return TokenView(np.concatenate(ids).astype(np.uint32), end_D[:-1], end_D[1:], np.array(labels), self.labels)
+        label_D = np.array(labels, dtype=np.int64)
+        return TokenView(np.concatenate(parts).astype(np.uint32), end_D[:-1], end_D[1:], label_D, self.labels)
