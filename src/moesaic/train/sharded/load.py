@@ -1,6 +1,6 @@
 """Load a sharded checkpoint into whatever layout there is now.
 
->>> extra = load_sharded("runs/a/checkpoints/step-00000100", tensors, group=world.everyone)
+>>> extra = load_sharded("runs/a/checkpoints/step-00000100", tensors, group=saving_group(range(world), rank))
 
 Nothing depends on how the ranks that saved it shared the model: each rank reads the regions it holds now from whatever pieces
 have some of them. All is read beside the model, and compared with the fingerprints, before the first element of the model

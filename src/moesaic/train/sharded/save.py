@@ -1,6 +1,7 @@
 """Save what all ranks hold of a model and its training as one checkpoint, whole or not at all.
 
->>> save_sharded("runs/a/checkpoints/step-00000100", tensors, {"step": 100}, group=world.everyone)
+>>> group = saving_group(range(world), rank)              # background.py; on gloo and patient, made once
+>>> save_sharded("runs/a/checkpoints/step-00000100", tensors, {"step": 100}, group=group)
 
 ``tensors``: name -> (``Held``, local tensor), on every rank what that rank has. Names are those of a model of one process;
 names with a "/" are training state ("optimizer/exp_avg/NAME"). Every region is written once, by one of the ranks that hold it.
@@ -75,7 +76,7 @@ def save_sharded(
             return RegionSavePlanner(entries_of(tensors))
 
         planner = together(group, "checkpoint: begin", prepare)
-        writer = ShardedWriter(partial)
+        writer = ShardedWriter(partial, final)
         _write(planner, writer, group)
         rows = {name: row_of(whole_of(held, x)) for name, (held, x) in tensors.items()}
         told = group.values({"digests": writer.digests, "rows": rows}, what="checkpoint: tell")

@@ -1,5 +1,6 @@
 """Sharded checkpoints of a training run, in the same folders and the same order as those of one process.
 
+>>> group = saving_group(range(world), rank)                    # background.py
 >>> packed, moments = pack_optimizer(optimizer, trained)
 >>> save_sharded_snapshot(run, 100, {**model, **moments}, {"best_loss": 3.1}, optimizer=packed, group=group, files=files)
 >>> folder = newest_checkpoint(run, group)                     # of either form; damaged ones are passed over

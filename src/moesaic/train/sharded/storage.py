@@ -32,15 +32,16 @@ from moesaic.train.sharded.regions import slices, volume
 
 
 class ShardedWriter(FileSystemWriter):
-    """Writes this rank's pieces into ``folder``.
+    """Writes this rank's pieces into ``folder``, which ``final`` is the name of for people.
 
     Attributes:
         digests: file name -> sha256 of what this rank wrote.
         fingerprints: of every entry; on the first rank, once all are done.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, final: Path) -> None:
         super().__init__(folder)
+        self.final = final
         self.digests: dict[str, str] = {}
         self.fingerprints: dict[str, int] = {}
 
@@ -54,7 +55,6 @@ class ShardedWriter(FileSystemWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write and flush the items, with a fingerprint of each. Raises ``MoesaicError`` where the disk refuses."""
-        folder = Path(self.path)
         items = {}
         for item in plan.items:
             assert item.tensor_data is not None
@@ -68,7 +68,7 @@ class ShardedWriter(FileSystemWriter):
         shards = plan_shards(slots, plan.storage_data, MAX_SHARD_BYTES) if slots else []
         place = {key: (shard.file, start) for shard in shards for key, (_, start) in shard.places.items()}
         results = []
-        with disk_errors(folder), ShardWriter(folder, shards, finished=self._finished) as writer:
+        with disk_errors(self.final), ShardWriter(Path(self.path), shards, finished=self._finished) as writer:
             for key, (item, region, shape) in items.items():
                 x = planner.resolve_data(item)
                 assert isinstance(x, Tensor)
@@ -89,7 +89,7 @@ class ShardedWriter(FileSystemWriter):
             parts.setdefault(result.index.fqn, []).append(result.storage_data[1])
         self.fingerprints = {name: add(sums) for name, sums in parts.items()}
         plain = [[replace(result, storage_data=result.storage_data[0]) for result in rank] for rank in results]
-        with disk_errors(Path(self.path)):
+        with disk_errors(self.final):
             super().finish(metadata, plain)
 
 
