@@ -37,7 +37,7 @@ class ExchangeDispatch:
             every rank, zeros where there are fewer. None sends as many rows as there are.
 
     Attributes:
-        computed: rows that came to this rank's slots in forwards, for whoever sets it back to 0.
+        computed: rows that came to this rank's slots in training's forwards, repeated ones included, for whoever sets it back.
     """
 
     overlaps = True  # takes ``beside``
@@ -127,7 +127,7 @@ class ExchangeDispatch:
             own_ND = self._special(x_ND[away:kept], counts[S:], experts) if special else x_ND[:0]
         else:
             trip = self.path.trip(counts[:S])
-            self.computed += sum(trip.counts_L)
+            self._count(trip)
             arrived_MD, other = self._there(trip, x_ND[:away], beside)
             local = torch.tensor([*trip.counts_L, *counts[S:].tolist()], device=x_ND.device)
             out = experts(torch.cat([arrived_MD, x_ND[away:kept]]) if special else arrived_MD, local)
@@ -135,6 +135,10 @@ class ExchangeDispatch:
             y_ND, own_ND = trip.back(out[:M]), out[M:]
         nowhere_ND = x_ND.new_zeros(x_ND.shape[0] - kept, x_ND.shape[1])
         return torch.cat([y_ND, own_ND, nowhere_ND]), other
+
+    def _count(self, *trips: Trip) -> None:
+        if torch.is_grad_enabled():  # not in evaluation
+            self.computed += sum(sum(trip.counts_L) for trip in trips)
 
     def _there(self, trip: Trip, x_ND: Tensor, beside: Callable[[], Tensor] | None) -> tuple[Tensor, Tensor | None]:
         if beside is None:
@@ -166,7 +170,7 @@ class ExchangeDispatch:
         sizes = torch.zeros(self.chunks, dtype=torch.int64).index_add(0, piece_S, counts_S).tolist()
         parts = _permuted(x_ND, order).split(sizes)
         trips = [self.path.trip(torch.where(piece_S == c, counts_S, 0)) for c in range(self.chunks)]
-        self.computed += sum(sum(trip.counts_L) for trip in trips)
+        self._count(*trips)
         other = None
         flying = trips[0].begin(parts[0])
         for c, trip in enumerate(trips):
@@ -196,7 +200,7 @@ class ExchangeDispatch:
         place_N = (torch.arange(len(slot_N)) - starts_S[slot_N] + slot_N * C).to(device)
         padded_ND = x_ND.new_zeros(S * C, x_ND.shape[1]).index_copy(0, place_N, x_ND)
         trip = self.path.trip(counts_S, equal=C)
-        self.computed += sum(trip.counts_L)
+        self._count(trip)
         arrived_MD, other = self._there(trip, padded_ND, beside)
         local = torch.tensor(trip.counts_L, device=device)
         Z = getattr(experts, "num_experts", len(local)) - len(local)
