@@ -136,7 +136,7 @@ def plan_layout(
         print_json(_record(asked, found, impossible, limit, fits, time, candidates))
     else:
         if found is not None:
-            show_forecast(asked.training, asked.parallel, found, limit, time)
+            show_forecast(asked.training, asked.parallel, found, limit, time, search)
         else:
             print(impossible)
         if candidates is not None:

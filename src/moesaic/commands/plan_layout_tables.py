@@ -20,9 +20,14 @@ _WORDS = {"gathered": "made whole", "casts": "16-bit copies", "exchange": "all-t
 
 
 def show_forecast(
-    training: Training, parallel: ParallelConfig, found: Forecast, limit: int | None, time: StepTime | None
+    training: Training,
+    parallel: ParallelConfig,
+    found: Forecast,
+    limit: int | None,
+    time: StepTime | None,
+    searched: bool,
 ) -> None:
-    """Everything about one layout."""
+    """Everything about one layout. ``searched``: what fits is listed below anyway."""
     print(
         f"{found.layout.describe()}; steps of {training.accumulate} micro-batch{'es' * (training.accumulate > 1)} of "
         f"{training.batch_size} rows of {training.seq_len:,} tokens, {training.rows * training.seq_len:,} tokens in all"
@@ -35,7 +40,7 @@ def show_forecast(
     if time is not None:
         _say_time(time)
     if limit is not None:
-        _say_fit(training, parallel, found, limit)
+        _say_fit(training, parallel, found, limit, searched)
 
 
 def _ranks_table(found: Forecast) -> Table:
@@ -117,7 +122,7 @@ def _say_time(time: StepTime) -> None:
     print(f"together {time.apart:.3g} s, or {time.overlapped:.3g} s where everything sent is sent while computing.")
 
 
-def _say_fit(training: Training, parallel: ParallelConfig, found: Forecast, limit: int) -> None:
+def _say_fit(training: Training, parallel: ParallelConfig, found: Forecast, limit: int, searched: bool) -> None:
     need = found.largest.memory.total
     if need <= limit:
         print(
@@ -132,7 +137,8 @@ def _say_fit(training: Training, parallel: ParallelConfig, found: Forecast, limi
     if training.batch_size > found.layout.dp:
         ways.append(f"--batch-size {found.layout.dp}")
     tried = f"try {', '.join(ways)}, or --search" if ways else "try --search, or more processes"
-    print(f"Does not fit: rank {found.largest.ranks[0]} needs {size(need)} of {size(limit)}; {tried}.")
+    needs = f"Does not fit: rank {found.largest.ranks[0]} needs {size(need)} of {size(limit)}"
+    print(f"{needs}." if searched else f"{needs}; {tried}.")
 
 
 def show_candidates(candidates: Sequence[Candidate], number: int) -> None:

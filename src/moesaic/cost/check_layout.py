@@ -72,6 +72,8 @@ def _check_experts(model: ModelConfig, parallel: ParallelConfig, layout: Layout)
         )
     if parallel.replicas:
         _check_replicas(model, moe, parallel)
+    if parallel.fsdp and (parallel.replicas or parallel.rebalance_every or parallel.shadow):
+        _check_equal_parts(model, moe, layout)
     if parallel.padded and moe.capacity is None:
         raise ConfigError(
             "parallel.padded exchanges as many rows as an expert's capacity allows, and model.moe.capacity is null; set it "
@@ -93,6 +95,20 @@ def _check_replicas(model: ModelConfig, moe: MoEConfig, parallel: ParallelConfig
             raise ConfigError(
                 f"parallel.replicas={replicas} is more than one copy of each of {experts} experts on every other of ep={ep} "
                 f"ranks; {experts * (ep - 1)} is the most that is of use."
+            )
+
+
+def _check_equal_parts(model: ModelConfig, moe: MoEConfig, layout: Layout) -> None:
+    """Experts that are copied or move must be sharded alike, hence by their widths (``parallel/apply.py``)."""
+    widths = {f"model.dim / model.moe.heads = {model.dim // moe.heads}": model.dim // moe.heads}
+    widths |= {f"the expert width {pick(moe.hidden, i)}": pick(moe.hidden, i) for i in range(len(model.moe_layers))}
+    for name, width in widths.items():
+        part = width if name.startswith("model.dim") else width // layout.etp
+        if part % layout.edp:
+            raise ConfigError(
+                f"parallel.fsdp with experts that are copied or move needs equal parts of each, and {name} is no multiple "
+                f"of the {layout.edp} ranks with the same experts (edp) times their slices (etp={layout.etp}); set fsdp=false, or "
+                "replicas=0, rebalance_every=0 and shadow=false, or choose another ep."
             )
 
 
