@@ -107,8 +107,8 @@ def _check_equal_parts(model: ModelConfig, moe: MoEConfig, layout: Layout) -> No
         if part % layout.edp:
             raise ConfigError(
                 f"parallel.fsdp with experts that are copied or move needs equal parts of each, and {name} is no multiple "
-                f"of the {layout.edp} ranks with the same experts (edp) times their slices (etp={layout.etp}); set fsdp=false, or "
-                "replicas=0, rebalance_every=0 and shadow=false, or choose another ep."
+                f"of the {layout.edp} ranks with the same experts (edp) times their slices (etp={layout.etp}); set "
+                "fsdp=false, or replicas=0, rebalance_every=0 and shadow=false, or choose another ep."
             )
 
 
