@@ -18,6 +18,7 @@ from moesaic.checkpoint.native import load_config, load_model
 from moesaic.config import from_dict, to_dict
 from moesaic.data.packing import PackedRows
 from moesaic.errors import CheckpointError, ConfigError, MoesaicError
+from moesaic.layout import ParallelConfig
 from moesaic.models.config import MoEConfig, RouterConfig
 from moesaic.models.decoder import Decoder
 from moesaic.plan.capacity import CapacityRule
@@ -111,7 +112,7 @@ def test_checkpoints_are_kept_by_age_and_by_merit(run: Path) -> None:
 
 def test_an_old_best_outlives_newer_and_worse_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([3.0, 2.0, 2.5, 2.0, 9.0])  # an equal loss is no better
-    monkeypatch.setattr(loop, "evaluate", lambda *_: Evaluation(next(losses), 1))
+    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: Evaluation(next(losses), 1))
     config = replace(SHORT, steps=10, eval_every=2, checkpoint_every=2, keep_last=1)
     train(config, tmp_path / "run", stop=StopAfter(7))
     result = train(config, tmp_path / "run", resume=True)  # what was best is remembered across sittings
@@ -209,6 +210,7 @@ FREE = {
     "tensorboard": True,
     "trace_every": 5,
     "recompute": True,
+    "parallel": ParallelConfig(chunks=2),
 }
 
 

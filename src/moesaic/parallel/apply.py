@@ -14,6 +14,7 @@ Mixed precision is no step: parameters stay fp32, ``model.compute_dtype`` sets t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -197,6 +198,8 @@ def _compile(model: Decoder) -> None:
 def _shard(spread: Spread) -> None:
     """FSDP2: the experts of a layer over edp, every block and what is left over dp. Gradients are summed."""
     model, world = spread.model, spread.world
+    # Blocks return views; nothing here adds to one in place, which is what FSDP warns of.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
     device = next(model.parameters()).device.type
     units: list[tuple[Any, Axis]] = []
     # Experts without copies stay whole; blocks must not shard them over dp.

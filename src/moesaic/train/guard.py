@@ -20,7 +20,7 @@ from moesaic.errors import NonFiniteError
 from moesaic.parallel.agree import Agreement
 from moesaic.parallel.gradients import local
 
-_Found = tuple[tuple[int, int], str]  # layer and a number that grows on the way; what is wrong there
+_Found = tuple[tuple[int, ...], str]  # numbers that grow on the way, kinds and layers first; what is wrong there
 
 
 def check_finite(
@@ -31,71 +31,64 @@ def check_finite(
     run_again: Callable[[], Any],
     agreement: Agreement | None = None,
 ) -> None:
-    """Raise ``NonFiniteError`` unless loss and gradient norm are finite, on all ranks.
+    """Raise ``NonFiniteError`` unless loss and gradient norm are finite.
 
     Args:
         run_again: repeats the forward pass, so that hooks can find the first layer with a non-finite output.
-        agreement: of all ranks, every one of which must call; None is one process.
+        agreement: with the other processes of the run: all refuse the step or none, in the same words, which name the rank
+            where it began.
     """
     agreement = agreement or Agreement()
     if agreement.finite(math.isfinite(loss) and math.isfinite(grad_norm)):
         return
     what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {grad_norm}"
+    where = agreement.first(_culprit(model, run_again))
+    where = where or "no layer's output or gradient is non-finite by itself, so a sum overflowed"
     raise NonFiniteError(
-        f"Step {step}: {what}; {_culprit(model, run_again, agreement)}. The weights were not updated; resume from the last "
-        "checkpoint with a lower optim.lr, a longer optim.warmup or a smaller optim.clip."
+        f"Step {step}: {what}; {where}. The weights were not updated; resume from the last checkpoint "
+        "with a lower optim.lr, a longer optim.warmup or a smaller optim.clip."
     )
 
 
-def _culprit(model: nn.Module, run_again: Callable[[], Any], agreement: Agreement) -> str:
-    broken = [
-        (_place(name, i), f"the parameter {name} already holds a non-finite value")
-        for i, (name, parameter) in enumerate(model.named_parameters())
-        if not bool(torch.isfinite(local(parameter)).all())
-    ]
-    if words := agreement.first(broken[0] if broken else None):
-        return words
+def _culprit(model: nn.Module, run_again: Callable[[], Any]) -> _Found | None:
+    """What is wrong here, and how early: parameters, then outputs from the first layer on, then gradients from the last."""
+    broken = [name for name, p in model.named_parameters() if not bool(torch.isfinite(local(p)).all())]
     found: list[_Found] = []
-    calls = itertools.count()
-    handles = []
+    handles, calls = [], itertools.count()
     for name, module in model.named_modules():
         if name and not isinstance(module, nn.ModuleList):
             handles.append(module.register_forward_hook(_noter(name, calls, found)))
     try:
         with torch.no_grad():
-            run_again()
+            run_again()  # whatever was found: the other ranks are at it, too
     finally:
         for handle in handles:
             handle.remove()
-    if words := agreement.first(found[0] if found else None):
-        return words
+    if broken:
+        return (0, _depth(broken[0])), f"the parameter {broken[0]} already holds a non-finite value"
+    if found:
+        return found[0]
     # Backward runs from the head down, so the deepest layer with a bad gradient is where it began.
     bad = [
-        (name, i)
-        for i, (name, p) in enumerate(model.named_parameters())
-        if p.grad is not None and not bool(torch.isfinite(local(p.grad)).all())
+        n for n, p in model.named_parameters() if p.grad is not None and not bool(torch.isfinite(local(p.grad)).all())
     ]
-    last = None
     if bad:
-        (layer, order), name = _place(*bad[-1]), bad[-1][0]
-        words = f"outputs are finite, and the first non-finite gradient (from the head down) is that of {name}"
-        last = ((-layer, -order), words)
-    return agreement.first(last) or "no layer's output or gradient is non-finite by itself, so a sum overflowed"
+        words = f"outputs are finite, and the first non-finite gradient (from the head down) is that of {bad[-1]}"
+        return (2, -_depth(bad[-1])), words
+    return None
 
 
-def _place(name: str, order: int) -> tuple[int, int]:
-    """Where a parameter or module is on the way through the whole model, also in a part of one."""
-    layer = re.match(r"blocks\.(\d+)\.", f"{name}.")
-    if layer is not None:
-        return int(layer[1]), order
-    return (-1 if name.startswith("embedding") else 1 << 30), order
+def _depth(name: str) -> int:
+    """Where a module lies: its block, before the first (-1) or after the last."""
+    found = re.match(r"blocks\.(\d+)", name)
+    return int(found[1]) if found else -1 if name.startswith("embedding") else 10**9
 
 
 def _noter(name: str, calls: Iterator[int], found: list[_Found]) -> Callable[..., None]:
     def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
         order = next(calls)
         if not found and any(not bool(torch.isfinite(t).all()) for t in _floats(output)):
-            found.append((_place(name, order), f"the first non-finite value came out of {name}"))
+            found.append(((1, _depth(name), order), f"the first non-finite value came out of {name}"))
 
     return note
 

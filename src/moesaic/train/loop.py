@@ -176,6 +176,7 @@ class _Run:
         self.log: MetricsLog | NoLog = self._open_log()
         progress = Progress(config.steps, state.step, label=self.name) if self.show_progress else None
         trace = TraceWriter(team.own_folder(self.folder / "trace"), config.trace_every) if config.trace_every else None
+        agreement = team.agreement(lambda: self.stop.requested)
         reason = "done"
         try:
             if self.log.config != to_dict(config) and not self.finished_before:
@@ -192,8 +193,10 @@ class _Run:
                     clip=config.optim.clip,
                     step=state.step + 1,
                     spread=self.spread,
+                    agreement=agreement,
                 )
                 state.step += 1
+                self.keeper.check()
                 loads = {layer: mine.load_E for layer, mine in reading.layers.items()}
                 moved = self.moves.after_step(self.optimizer, state.step, loads)
                 record = step_record(config, state, reading, lr, time.perf_counter() - started)
@@ -204,7 +207,7 @@ class _Run:
                 if progress is not None:
                     progress.update(record)
                 last = state.step == config.steps
-                stopping = team.any(self.stop.requested, "whether to stop")
+                stopping = agreement.stopping
                 saving = last or _due(config.checkpoint_every, state.step)
                 # Every regular checkpoint is validated, or the best one could not be told among them.
                 if saving or _due(config.eval_every, state.step):

@@ -19,6 +19,7 @@ from moesaic.data.packing import IGNORE, Batch
 from moesaic.models.decoder import Decoder
 from moesaic.models.inputs import side_inputs
 from moesaic.models.output import Output
+from moesaic.parallel.agree import Agreement
 from moesaic.parallel.apply import Spread
 from moesaic.parallel.gradients import local
 from moesaic.parallel.stages import StageOutput
@@ -50,11 +51,13 @@ def train_step(
     clip: float,
     step: int,
     spread: Spread | None = None,
+    agreement: Agreement | None = None,
 ) -> tuple[StepReading, Plans]:
     """One update from ``batches`` (micro-batches). Returns the reading and the last micro-batch's plans, of this rank's share.
 
     Args:
         spread: the model is this rank's part of one; ``batches`` are its share of the rows.
+        agreement: with the other ranks, on refusing the step.
 
     Raises ``NonFiniteError`` naming the layer, before the update, if the loss or the gradient is not finite.
     """
@@ -88,7 +91,7 @@ def train_step(
                 forward(model, batch)
 
     # Before clipping: scaling by a NaN norm would make every gradient NaN and hide where it began.
-    check_finite(model, reading.loss, reading.grad_norm, step, run_again)
+    check_finite(model, reading.loss, reading.grad_norm, step, run_again, agreement)
     # A norm within the limit would multiply every gradient by 1, one more pass over memory.
     if clip > 0 and float(clip / (norm + 1e-6)) < 1:
         if spread is None:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from moesaic.layout import Layout, ParallelConfig
 from moesaic.models.decoder import Decoder
+from moesaic.parallel.agree import Agreement
 from moesaic.parallel.apply import Spread, apply
 from moesaic.parallel.comm import Group
 from moesaic.parallel.layers import name_layers
@@ -86,12 +87,9 @@ class Team:
         at = self.layout.coordinates(self.here.rank)
         torch.manual_seed(seed if not at["dp"] and not at["pp"] else hash_of(seed, at["pp"], at["dp"]))
 
-    def any(self, flag: bool, what: str) -> bool:
-        """Whether any process says yes; all get the same answer."""
-        if self.world is None:
-            return flag
-        told = torch.tensor([int(flag)], device=self.device)
-        return bool(int(self.world.everyone.all_reduce(told, "max", what=what)))
+    def agreement(self, stop: Callable[[], bool]) -> Agreement:
+        """On stopping and on refusing a step; ``stop``: whether this process was asked to."""
+        return Agreement(None if self.world is None else self.world.everyone, self.device, stop)
 
     def all_values(self, value: Any, what: str) -> list[Any]:
         """What every process says, JSON data."""
