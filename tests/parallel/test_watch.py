@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from moesaic.errors import DataError
 from moesaic.models import build_model
 from moesaic.models.config import ModelConfig, MoEConfig
+from moesaic.parallel import limit
 from moesaic.parallel.board import EXIT_STATUS, Record, Sight, missing
 from moesaic.parallel.comm import Group
 from moesaic.parallel.layers import name_layers
@@ -332,6 +334,33 @@ def test_a_process_that_gets_nowhere_is_ended_by_the_limit() -> None:
 def _quiet(here: Started) -> None:
     here.watch.layer = "layer 1"
     time.sleep(60)
+
+
+def _cleans_up(here: Started, where: str) -> None:
+    """What cleans up after a failure waits for a rank that is gone: in the run, or in a thread that Python joins at its end."""
+    limit.UNWINDING_S = 1.0
+    if where == "run":
+        try:
+            with here.watch.collective("dispatch", "ep", (0,), 0):
+                raise RuntimeError("Connection closed by peer")
+        finally:
+            time.sleep(60)
+    ThreadPoolExecutor(1).submit(time.sleep, 60)
+    raise DataError("books.txt is empty.")
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ("run", "Rank 0: dispatch over ep with ranks 0 failed: Connection closed by peer."),
+        ("end", "books.txt is empty."),
+    ],
+)
+def test_a_failed_process_ends_even_if_its_cleaning_up_does_not(where: str, words: str) -> None:
+    (ended,) = run_started(1, _cleans_up, where)
+    assert ended.code == EXIT_STATUS
+    assert sentence(ended) == words
+    assert ended.seconds < 15
 
 
 def _orphaned(here: Started, folder: str) -> None:

@@ -85,6 +85,7 @@ class Board:
         self._beat = 0
         self._wanted: Sequence[int] = ()
         self._seen: dict[int, list[Record]] = {}
+        self._looking = threading.Lock()  # a save in the background may fail at the same time
         self._wake, self._answer = threading.Event(), threading.Event()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="moesaic-board", daemon=True)
@@ -117,6 +118,10 @@ class Board:
 
         Empty where the store does not answer: its host, or the way there, is gone.
         """
+        with self._looking:
+            return self._look(ranks)
+
+    def _look(self, ranks: Sequence[int]) -> dict[int, Sight]:
         if not self._thread.is_alive():
             return {}
         self._seen = {rank: [] for rank in ranks}

@@ -2,7 +2,8 @@
 
 gloo raises by itself when a collective takes too long; NCCL may wait for ever, and a main thread that is stuck between
 collectives makes the others wait. So this thread looks at the ``Watch`` and, past the limit, prints one sentence and exits
-the process, without unwinding: the main thread cannot be interrupted.
+the process, without unwinding: the main thread cannot be interrupted. After a failure it sees to it that the process ends: what
+cleans up may wait for a rank that is gone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import time
 from moesaic.parallel.board import EXIT_STATUS
 from moesaic.parallel.torchrun import tell_torchrun
 from moesaic.parallel.watch import Watch
+
+UNWINDING_S = 20.0  # from a failed collective to the end of the process
 
 
 class Limit:
@@ -29,7 +32,7 @@ class Limit:
 
     def __init__(self, watch: Watch, limit_s: float, quiet_s: float, parent: int | None = None) -> None:
         self._watch, self._limit_s, self._quiet_s, self._parent = watch, limit_s, quiet_s, parent
-        self._stop = threading.Event()
+        self._stop, self._left = threading.Event(), False
         self._thread = threading.Thread(target=self._run, name="moesaic-limit", daemon=True)
 
     def start(self) -> None:
@@ -37,17 +40,28 @@ class Limit:
         self._thread.start()
 
     def stop(self) -> None:
-        """No more of it."""
+        """The run is over and went well."""
         self._stop.set()
+
+    def leave(self) -> None:
+        """The run has failed and said so; only the interpreter's own end is still watched."""
+        self._left = True
 
     def _run(self) -> None:
         while not self._stop.wait(min(1.0, self._limit_s / 5)):
+            if self._left:
+                self._see_off()
+                continue
             if self._parent is not None and os.getppid() != self._parent:
                 self._exit(f"Rank {self._watch.rank}: the torchrun that started it is gone.")
             self._look()
 
     def _look(self) -> None:
         watch, now = self._watch, time.perf_counter()
+        if watch.failed_at is not None:
+            if now - watch.failed_at > UNWINDING_S:
+                self._exit(watch.failed or f"Rank {watch.rank}: a collective failed.")
+            return
         entry = watch.current
         if watch.queued:
             oldest, _, end = watch.queued[0]
@@ -60,6 +74,11 @@ class Limit:
             if watch.board is not None:
                 watch.board.end(sentence)
             self._exit(sentence)
+
+    def _see_off(self) -> None:
+        # Threads of executors are joined before anything of ours could run.
+        if getattr(threading, "_SHUTTING_DOWN", False) and not self._stop.wait(UNWINDING_S / 2):
+            os._exit(EXIT_STATUS)
 
     def _exit(self, sentence: str) -> None:
         if self._stop.is_set():

@@ -63,14 +63,16 @@ class Started:
     ) -> None:
         if self.store is None:
             return
+        well = False
         try:
             if error is None:
                 self._leave(self.store)
             else:
                 self._fail(error)
+            well = error is None
         finally:
             if self._limit is not None:
-                self._limit.stop()
+                self._limit.stop() if well else self._limit.leave()
 
     def _leave(self, store: Store) -> None:
         with self.watch.collective("end of the run", "all", tuple(range(self.world)), 0):
@@ -79,10 +81,13 @@ class Started:
             self.watch.board.end("the run is over")
         dist.destroy_process_group()
         # The process that keeps the store must be the last to go.
-        store.set(f"left/{self.rank}", "")
-        late = time.monotonic() + 10
-        while self.rank == 0 and not store.check([f"left/{r}" for r in range(self.world)]) and time.monotonic() < late:
-            time.sleep(0.02)
+        with suppress(RuntimeError):
+            store.set(f"left/{self.rank}", "")
+            late = time.monotonic() + 10
+            while (
+                self.rank == 0 and not store.check([f"left/{r}" for r in range(self.world)]) and time.monotonic() < late
+            ):
+                time.sleep(0.02)
 
     def _fail(self, error: BaseException) -> None:
         if isinstance(error, MoesaicError):
@@ -91,6 +96,8 @@ class Started:
             sentence = str(error)
         else:
             sentence = f"Rank {self.rank}: {type(error).__name__}: {error}"
+        if self.watch.failed_at is None:
+            self.watch.failed_at, self.watch.failed = time.perf_counter(), sentence
         tell_torchrun(sentence)
         if self.watch.board is not None:
             self.watch.board.end(sentence)

@@ -71,11 +71,14 @@ class Watch:
         spent: by name, since ``take``. current: the collective the process is in. entered: collectives entered, by axis.
         queued: collectives between two marks, the oldest first. since: when the process last got on.
         board: where the other ranks are; None where nobody can be asked.
+        failed_at, failed: when a collective failed, and the sentence about it.
     """
 
     def __init__(self, rank: int = 0, timeout_s: float = 600.0, mark: Callable[[], Mark] | None = None) -> None:
         self.rank, self.timeout_s, self.mark = rank, timeout_s, mark
         self.board: Board | None = None
+        self.failed_at: float | None = None
+        self.failed = ""
         self.spent: dict[str, Spent] = {}
         self.current: Collective | None = None
         self.entered: dict[str, int] = {}
@@ -132,6 +135,7 @@ class Watch:
 
     def failure(self, reason: str, entry: Collective | None = None) -> CollectiveError:
         """What happened, in words. Asks the board who is missing, which takes up to some seconds, and ends it."""
+        self.failed_at = time.perf_counter()
         name = "a collective of FSDP or of the pipeline" if entry is None else entry.full_name
         where = f" in {self._layer}" if self._layer else ""
         if _TOO_LONG.search(reason):
@@ -139,20 +143,20 @@ class Watch:
         else:
             said = _ADVICE.sub("", _SOURCE_PLACE.sub("", reason.strip().splitlines()[0])).rstrip(". ")
             sentence = f"Rank {self.rank}: {name} failed{where}: {said}."
-        if self.board is None:
-            return CollectiveError(sentence)
-        words, blames = self._missing(self.board, entry)
-        if words:
-            sentence += f" {words[0].upper()}{words[1:]}."
-        self.board.end(sentence, blames)
+        if self.board is not None:
+            words, blames = self._missing(self.board, entry)
+            if words:
+                sentence += f" {words[0].upper()}{words[1:]}."
+            self.board.end(sentence, blames)
+        self.failed = sentence
         return CollectiveError(sentence)
 
     def _missing(self, board: Board, entry: Collective | None) -> tuple[str, tuple[int, ...]]:
         ranks = range(board.world) if entry is None else entry.ranks
         others = [rank for rank in ranks if rank != self.rank]
-        sights = board.look(others)
         if not others:
             return "", ()
+        sights = board.look(others)
         if not sights:
             return "the store of the run does not answer: its node, or the way there, is gone", ()
         axis = "" if entry is None else entry.axis
