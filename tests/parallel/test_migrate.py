@@ -72,6 +72,7 @@ CASES = {
     ),
     "ep 2, tp 2": (4, Case("tp", ParallelConfig(ep=2, tp=2))),
     "ep 4, hierarchical": (4, Case("levels", ParallelConfig(ep=4, exchange="hierarchical"), ranks_per_node=2)),
+    "pp 2, ep 2": (4, Case("pp", ParallelConfig(pp=2, ep=2), accumulate=2)),
     "ep 2, fp32": (2, Case("fp32", EP2, dtype="float32")),
 }
 

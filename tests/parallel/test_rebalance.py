@@ -204,6 +204,26 @@ def quiet(rank: int) -> dict[str, Tensor]:
     return {"moved": text(moved), "still": torch.tensor(mine.spread.placements == before)}
 
 
+def staged(rank: int) -> dict[str, Tensor]:
+    """Layer 0 and layer 1 on two stages of two ranks each."""
+    parallel = ParallelConfig(pp=2, ep=2, rebalance_every=2)
+    mine = start(replace(ZIPF, parallel=parallel, accumulate=2), rank, P)
+    _, moved = mine.go(replace(ZIPF, parallel=parallel, accumulate=2), 4)
+    return {
+        "moved": text(moved),
+        "state": text(mine.balancer.state_dict()),
+        "here": text(sorted(mine.spread.placements)),
+    }
+
+
+def test_stages_say_together_what_moved() -> None:
+    ranks = run_distributed(P, staged)
+    assert [said(answer["here"]) for answer in ranks] == [[0], [0], [1], [1]]
+    assert all(torch.equal(answer[what], ranks[0][what]) for answer in ranks for what in ("moved", "state"))
+    assert [[entry["layer"] for entry in what] for what in said(ranks[0]["moved"])][:2] == [[], [0, 1]]
+    assert list(saved_placements(said(ranks[0]["state"]), 2)) == [0, 1]
+
+
 @pytest.mark.parametrize(
     "state",
     [

@@ -56,6 +56,7 @@ CASES = {
     4: [
         Case("four ranks", EP4, shadows=FIRST, recompute=True, edit="skew"),
         Case("over two levels", replace(EP4, exchange="hierarchical"), shadows=FIRST, ranks_per_node=2),
+        Case("stages", ParallelConfig(pp=2, ep=2, shadow=True), shadows=FIRST, accumulate=3),
         Case("two copies of each", EP2, shadows=FIRST, accumulate=2),
         Case("sharded", replace(EP2, fsdp=True), shadows=FIRST, accumulate=2, moe={"expert_bias": True}),
         Case("sharded, recomputed", replace(EP2, fsdp=True), shadows=FIRST, recompute=True),
@@ -74,7 +75,7 @@ CASES = {
 def others(spread: Spread, optimizer: Any, step: int) -> None:
     """Other shadows in the next step than in this one."""
     assert spread.shadows is not None
-    for layer in (0, 1):
+    for layer in spread.placements:
         spread.shadows.choose(layer, LATER[step].get(layer, ()))
 
 
@@ -100,7 +101,7 @@ def test_training_with_shadows_is_that_of_one_process(size: int, name: str) -> N
         assert len(found) == 6
         assert all(wrong <= 1e-12 for wrong in found.values()), found
         there, back = answer[f"{name}, calls"].tolist()
-        assert there == back >= 4
+        assert there == back >= 2
 
 
 # ---- by rule ---------------------------------------------------------------------------------------------------------

@@ -169,7 +169,8 @@ def train(case: Case, world: World | None, between: Between | None = None) -> Tr
         )
         for layer, experts in case.shadows.items():
             assert spread.shadows is not None
-            spread.shadows.choose(layer, experts)
+            if layer in spread.placements:  # not those of other stages
+                spread.shadows.choose(layer, experts)
     elif case.recompute:
         recompute_activations(model)
     held_first = {} if spread is None else dict(spread.held)
