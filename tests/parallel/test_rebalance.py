@@ -137,7 +137,7 @@ def test_the_busiest_rank_computes_what_was_predicted(case: Case) -> None:
             after = [max(int(a[f"computed {s} {layer}"]) for a in ranks) for s in range(step + 1, min(step + 5, STEPS))]
             wrong += [abs(rows - entry["rows"]) / entry["rows"] for rows in after]
     # From the average load of earlier steps: other tokens come, and a rank keeps its rows of a copy that it holds.
-    assert max(wrong) < 0.2
+    assert max(wrong) < 0.15
     assert max(falls[2 * EVERY :]) < 0.6, falls  # two layers per step: from the first move on
 
 
