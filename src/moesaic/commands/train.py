@@ -34,7 +34,9 @@ _WHENCE = "of --config, the recipe, or the run resumed"
 
 
 def train(
-    data: Annotated[tuple[str, ...], arg(help='Files, folders, globs, hf://owner/name; or "stdlib".')] = (),
+    data: Annotated[
+        tuple[str, ...], arg(help='Files, folders, globs, hf://owner/name; or "stdlib". Streams also read addresses.')
+    ] = (),
     out: Annotated[Path, arg(help="Run folder.")] = Path("runs/latest"),
     config: Annotated[
         Path | None,
@@ -60,6 +62,7 @@ def train(
       moesaic train --data books/ --out runs/books
       moesaic train --data 'corpus/*.jsonl' --set data.label_field=lang model.moe.num_experts=32
       moesaic train --data a.txt b.txt --config run.toml --steps 5000
+      moesaic train --data 's3://pages/*.parquet' hf://owner/name --set data.stream=true data.lanes=32
       moesaic train --data stdlib --twin --out runs/twins
       moesaic train --resume --out runs/books
       torchrun --nproc-per-node=4 -m moesaic train --data books/ --ep 2 --tp 2 --out runs/four

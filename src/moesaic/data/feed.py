@@ -29,13 +29,14 @@ class Feed(Protocol):
         A share is empty where there are more parts than rows. Raises ``DataError`` in words where text cannot be read.
         """
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain JSON data: all that is needed beside the settings to go on after the last step that was handed out."""
+    def progress(self) -> dict[str, Any]:
+        """How far this part has read: a little plain JSON data."""
 
-    def merge(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """One state from those of all parts, each saved after the same step. Raises ``DataError`` if they disagree.
+    def state_dict(self, progress: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+        """Plain JSON data: all that is needed beside the settings to go on after the last step that was handed out.
 
-        The state of one part alone is enough to go on exactly; the merged one only saves reading again.
+        ``progress`` is that of all parts. Without the others' a state is as exact, but going on from it reads again what only
+        they had read. Raises ``DataError`` if they disagree.
         """
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -68,15 +69,16 @@ class RowFeed:
             for micro_B in self._sampler.next().split(self._batch_size)
         ]
 
-    def state_dict(self) -> dict[str, Any]:
-        """See ``Feed``: how many rows have been drawn."""
+    def progress(self) -> dict[str, Any]:
+        """See ``Feed``: how many rows have been drawn, by all parts alike."""
         return self._sampler.state_dict()
 
-    def merge(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """See ``Feed``: every part draws all rows, so all states are one."""
-        if any(state != states[0] for state in states):
-            raise DataError(f"The processes drew different numbers of rows: {', '.join(map(str, states))}.")
-        return states[0]
+    def state_dict(self, progress: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+        """See ``Feed``."""
+        own = self.progress()
+        if any(one != own for one in progress):
+            raise DataError(f"The processes drew different numbers of rows: {', '.join(map(str, progress))}.")
+        return own
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See ``Feed``."""

@@ -276,7 +276,7 @@ class _Run:
         run = {name: getattr(state, name) for name in state.__dataclass_fields__ if name != "step"}
         saved = {
             "corpus": self.corpus.fingerprint,
-            "sampler": self.feed.state_dict(),
+            "sampler": self.feed.state_dict(self.team.all_values(self.feed.progress(), "how far the text was read")),
             "run": run,
             **self.moves.state_dict(),
         }

@@ -87,8 +87,8 @@ def test_parts_together_are_the_whole(folders: dict[str, Path], parts: int, name
             len(rows) for rows in torch.arange(4).tensor_split(parts)
         ]
         assert together(step) == rows_of(alone.next_step())
-    states = [feed.state_dict() for feed in feeds]
-    assert alone.merge(states) == alone.state_dict()
+    progress = json.loads(json.dumps([feed.progress() for feed in feeds]))
+    assert all(feed.state_dict(progress) == alone.state_dict() for feed in feeds)
 
 
 def test_a_part_opens_only_its_own_lanes(folders: dict[str, Path]) -> None:
@@ -134,8 +134,8 @@ def test_resuming_under_any_number_of_parts_goes_on_exactly(
             for feed in feeds:
                 feed.load_state_dict(json.loads(json.dumps(state)))
         found += [together([feed.next_step(p, parts) for p, feed in enumerate(feeds)]) for _ in range(steps)]
-        states = [feed.state_dict() for feed in feeds]
-        state = feeds[0].merge(states) if merged else states[len(found) % parts]
+        progress = [feed.progress() for feed in feeds]
+        state = feeds[len(found) % parts].state_dict(progress if merged else ())
         for feed in feeds:
             feed.close()
     assert found == uninterrupted(name)[: len(found)]
@@ -270,13 +270,13 @@ def test_states_of_other_shapes_are_refused(folders: dict[str, Path]) -> None:
         feed_of(folders[".jsonl"]).load_state_dict(state)
 
 
-def test_states_that_disagree_are_not_merged(folders: dict[str, Path]) -> None:
+def test_processes_that_disagree_save_nothing(folders: dict[str, Path]) -> None:
     a, b = feed_of(folders[".jsonl"]), feed_of(folders[".jsonl"])
     b.next_step()
     with pytest.raises(DataError, match="different steps of the stream: 0 and 1"):
-        a.merge([a.state_dict(), b.state_dict()])
-    with pytest.raises(DataError, match="another process counts 7"):
-        a.merge([a.state_dict(), feed_of(folders["few"]).state_dict()])
+        a.state_dict([a.progress(), b.progress()])
+    with pytest.raises(DataError, match="see different shards; make the same files visible"):
+        a.state_dict([a.progress(), feed_of(folders["few"]).progress()])
 
 
 def test_impossible_feeds_are_refused(folders: dict[str, Path]) -> None:

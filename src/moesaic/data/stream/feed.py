@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,8 +27,8 @@ class _Step(NamedTuple):
 class StreamFeed:
     """The feed (see ``data.feed``) of text read while training.
 
-    ``state_dict`` of one part knows its own lanes as far as they were read, and the others as far as it was told: each cursor
-    counts its rows, and whoever needs a later row reads up to it. ``merge`` takes the furthest of each lane.
+    One part knows its own lanes as far as it read them, and the others as far as it was told. That is enough: each cursor
+    counts its rows, and whoever needs a later row reads up to it.
     """
 
     def __init__(
@@ -68,27 +70,31 @@ class StreamFeed:
         self._cursors |= step.cursors
         return step.batches
 
-    def state_dict(self) -> dict[str, Any]:
-        """See ``Feed``. "lanes" holds the fields of each lane's ``Cursor``; "shards" name, size and stamp of each."""
+    def progress(self) -> dict[str, Any]:
+        """See ``Feed``. "lanes" holds the fields of each lane's ``Cursor``, "shards" a hash of their sizes and stamps."""
+        identity = json.dumps([[shard.size, shard.stamp] for shard in self._texts.shards])
         return {
             "steps": self._steps,
             "lanes": [list(self._cursors[lane]) for lane in range(self._dealt.lanes)],
-            "shards": [[shard.name, shard.size, shard.stamp] for shard in self._texts.shards],
+            "shards": hashlib.sha256(identity.encode()).hexdigest()[:16],
         }
 
-    def merge(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """See ``Feed``."""
-        first = states[0]
-        for state in states:
-            if state["steps"] != first["steps"]:
+    def state_dict(self, progress: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+        """See ``Feed``. Of each lane the furthest cursor; "shards" holds name, size and stamp of each."""
+        own = self.progress()
+        for one in progress:
+            if one["steps"] != own["steps"]:
                 raise DataError(
-                    f"The processes are at different steps of the stream: {first['steps']} and {state['steps']}."
+                    f"The processes are at different steps of the stream: {own['steps']} and {one['steps']}."
                 )
-            self._compare(first["shards"], state["shards"], "another process")
-        lanes = [
-            max(cursors, key=lambda cursor: cursor[0]) for cursors in zip(*(s["lanes"] for s in states), strict=True)
-        ]
-        return {**first, "lanes": lanes}
+            if one["shards"] != own["shards"]:
+                raise DataError("The processes see different shards; make the same files visible to all of them.")
+        known = zip(own["lanes"], *(one["lanes"] for one in progress), strict=True)
+        return {
+            "steps": self._steps,
+            "lanes": [max(cursors, key=lambda cursor: cursor[0]) for cursors in known],
+            "shards": [[shard.name, shard.size, shard.stamp] for shard in self._texts.shards],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See ``Feed``."""
@@ -105,7 +111,7 @@ class StreamFeed:
             if cursor.row > self._places.rows_at(steps, n):
                 raise CheckpointError(f"The checkpoint's stream is damaged: lane {n} is ahead of its {steps} steps.")
         now = [[shard.name, shard.size, shard.stamp] for shard in self._texts.shards]
-        self._compare(shards, now, "the checkpoint")
+        self._compare(shards, now)
         self.close()
         self._steps, self._cursors = steps, cursors
 
@@ -119,7 +125,7 @@ class StreamFeed:
     def _open_lane(self, number: int, cursor: Cursor) -> Lane:
         return Lane(number, self._dealt, self._texts, self._tokenizer, self._seq_len, cursor, self._skipped)
 
-    def _compare(self, before: list[Any], now: list[Any], whose: str) -> None:
+    def _compare(self, before: list[Any], now: list[Any]) -> None:
         """Raise ``DataError`` unless both lists name the same content in the same order, wherever it lies."""
         again = "Restore it and resume, or start a new run."
         if len(before) != len(now):
@@ -127,14 +133,16 @@ class StreamFeed:
             different = sorted(old ^ new)
             named = f" ({'gone' if different[0] in old else 'new'}: {different[0]})" if different else ""
             raise DataError(
-                f"The stream has {len(now):,} shards, but {whose} counts {len(before):,}{named}. Their list may not change in "
-                f"a run. {again}"
+                f"The stream has {len(now):,} shards, but the checkpoint counts {len(before):,}{named}. Their list may not "
+                f"change in a run. {again}"
             )
         for (old_name, old_size, old_stamp), (name, size, stamp) in zip(before, now, strict=True):
             if old_size != size:
-                raise DataError(f"{name} has {size:,} bytes, but {whose} knows {old_name} with {old_size:,}. {again}")
+                raise DataError(
+                    f"{name} has {size:,} bytes, but the checkpoint knows {old_name} with {old_size:,}. {again}"
+                )
             if old_stamp != stamp:
-                raise DataError(f"{name} is not what {whose} knows as {old_name}: its content changed. {again}")
+                raise DataError(f"{name} is not what the checkpoint knows as {old_name}: its content changed. {again}")
 
 
 class _Reader:

@@ -120,7 +120,7 @@ class Lane:
                     order = self._order(len(window), epoch, stripe, start.record)
                     yield Cursor(0, epoch, number, *start, begin), [window[n] for n in order[begin:]]
                     start, begin = window[-1].after, 0
-                start, begin = START, 0
+                start = START
             epoch, first, barren = epoch + 1, 0, 0 if found else barren + 1
             if barren == _BARREN:
                 raise DataError(
