@@ -14,7 +14,7 @@ from moesaic.models import Decoder, Output
 from tests.models.tiny import lively, some_ids, tiny
 from tests.routing.cases import CASES, Case, differs
 
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+CLOSE = {"rtol": 1e-5, "atol": 3e-5}  # logits of about 1; products of other shapes round otherwise, most so with AMX
 FAIR = [
     case for case in CASES if (facts := case.build().facts).causal_in_evaluation and facts.batch_invariant_in_evaluation
 ]
