@@ -63,15 +63,13 @@ def test_a_cut_link_is_said_on_both_nodes_within_the_time_and_a_restored_one_goe
     nodes.cut()
     cut = time.monotonic()
     until(lambda: all(sentences(run.said) for run in runs), runs)
-    assert (
-        time.monotonic() - cut < TIMEOUT_S + 2.5 + 5 + 5
-    )  # the limit, the look at the others, the stopping, a slow machine
+    assert time.monotonic() - cut < TIMEOUT_S + 3.5 + 10  # the limit, the look at the others, a slow machine
     nodes.restore()
     finish(runs)
     assert records(out) == expected
     first, second = (sentences(run.said)[0] for run in runs)
-    assert re.match(r"Rank 0: .* with ranks 0, 1 took longer than 5 s in layer \d\. ", first), first
-    assert re.match(r"Rank 1: .* with ranks 0, 1 took longer than 5 s in layer \d\. ", second), second
+    assert re.match(r"Rank 0: .* with ranks 0, 1 took longer than 5 s in [^.]+\. ", first), first
+    assert re.match(r"Rank 1: .* with ranks 0, 1 took longer than 5 s in [^.]+\. ", second), second
     assert "Rank 1 does not answer" in first or "The store of the run does not answer" in first, first
     assert "The store of the run does not answer" in second, second
 
@@ -91,14 +89,16 @@ def test_a_killed_process_restarts_those_of_both_nodes(tmp_path: Path, nodes: Tw
     assert starts[1 - node] in (["0", "0"], ["0", "1"])
 
 
-def test_a_node_that_is_lost_and_comes_back_is_taken_in(tmp_path: Path, nodes: TwoNodes) -> None:
-    expected = undisturbed(toy, tmp_path / "undisturbed", STEPS)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_node_that_is_lost_and_comes_back_is_taken_in(tmp_path: Path, nodes: TwoNodes, name: str) -> None:
+    command: Command = COMMANDS[name]
+    expected = undisturbed(command, tmp_path / "undisturbed", STEPS)
     out = tmp_path / "run"
-    runs = [start(nodes, node, toy(out, STEPS), tmp_path / f"{node}.log") for node in range(2)]
+    runs = [start(nodes, node, command(out, STEPS), tmp_path / f"{node}.log") for node in range(2)]
     until(lambda: steps_done(out) >= 8, runs)
     runs[1].kill()
     until(lambda: bool(sentences(runs[0].said)), runs[:1])
-    runs[1] = start(nodes, 1, toy(out, STEPS), tmp_path / "again.log")
+    runs[1] = start(nodes, 1, command(out, STEPS), tmp_path / "again.log")
     finish(runs)
     assert records(out) == expected
     assert re.search(r"Rank 1 (does not answer|has ended)|store of the run", sentences(runs[0].said)[0])

@@ -147,7 +147,8 @@ def _train(asked: _Asked, resume: bool, json: bool, here: Started, say: Callable
         result = run_training(run, corpus, out, resume=resume, say=say, stop=stop, here=here)
     if here.rank == 0:
         _tell(result, run, out, again, json, say)
-    return 0 if result.reason == "done" else 130
+    # torchrun takes any status but 0 for a failure, and would start again what was asked to stop.
+    return 0 if result.reason == "done" or here.store is not None else 130
 
 
 def _tell(result: TrainResult, run: TrainConfig, out: Path, again: str, json: bool, say: Callable[[str], None]) -> None:
