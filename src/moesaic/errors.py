@@ -13,7 +13,12 @@ from contextlib import contextmanager
 
 
 class MoesaicError(Exception):
-    """A mistake in what the user gave us. ``str(error)`` is one clear sentence."""
+    """A mistake in what the user gave us. ``str(error)`` is one clear sentence.
+
+    ``told``: another process of the run prints it, so that it is read once.
+    """
+
+    told = False
 
 
 class ConfigError(MoesaicError):

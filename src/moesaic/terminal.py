@@ -97,7 +97,7 @@ def guarded(call: Callable[[], int], json: bool = False) -> int:
         sys.stdout.flush()  # here, where a reader that went away is dealt with
         return status
     except MoesaicError as error:
-        return _fail(str(error), json)
+        return 2 if error.told else _fail(str(error), json)
     except KeyboardInterrupt:
         if main_thread:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a third Ctrl-C must not break into the interpreter's own end

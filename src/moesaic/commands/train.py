@@ -15,6 +15,7 @@ from tyro.conf import arg
 from moesaic.commands.options import whole_number
 from moesaic.commands.output import Json, Overrides, console_for, print_json, sayer
 from moesaic.config import load_config_file, to_dict
+from moesaic.cost.check_layout import check_layout
 from moesaic.data.corpus import Corpus, load_corpus
 from moesaic.errors import ConfigError
 from moesaic.parallel.start import Started, start_processes
@@ -126,7 +127,13 @@ class _Asked:
 def _train(asked: _Asked, resume: bool, json: bool, here: Started, say: Callable[[str], None]) -> int:
     out, twin, everyone = asked.out, asked.twin, everyone_of(here)
     run, fixed = asked.settle(resume)
-    first_says(everyone, "the run folder", lambda: refuse_taken(out, resume=resume, twin=twin))
+
+    def check() -> None:
+        """Before any text is read or memory taken."""
+        refuse_taken(out, resume=resume, twin=twin)
+        check_layout(run.model, run.parallel, here.world, batch_size=run.batch_size, accumulate=run.accumulate)
+
+    first_says(everyone, "the run folder and the layout", check)
     if resume:
         check_run(run, asked.saved)
 

@@ -88,7 +88,7 @@ def tell_torchrun(sentence: str, environ: Mapping[str, str] = os.environ) -> Non
     """Leave the reason of this process's end where torchrun looks for it, so that its summary shows it."""
     path = environ.get("TORCHELASTIC_ERROR_FILE")
     if path and not os.path.exists(path):  # the first reason is the one
-        message = {"message": sentence, "extraInfo": {"timestamp": str(int(time.time())), "py_callstack": ""}}
+        message = {"message": sentence, "extraInfo": {"timestamp": str(int(time.time())), "py_callstack": sentence}}
         try:
             Path(path).write_text(json.dumps({"message": message}))
         except OSError:

@@ -32,7 +32,9 @@ def together(group: Group, what: str, work: Callable[[], T]) -> T:
     said = group.values(None if failure is None else _sentence(failure), what=what)
     for rank, sentence in zip(group.ranks, said, strict=True):
         if sentence is not None:
-            raise CheckpointError(f"Rank {rank}: {sentence}") from failure
+            shared = CheckpointError(f"Rank {rank}: {sentence}")
+            shared.told = rank != group.ranks[group.index]
+            raise shared from failure
     return result
 
 
