@@ -16,7 +16,7 @@ from moesaic.parallel.gradients import local
 from moesaic.parallel.start import Started
 from moesaic.parallel.watch import Watch
 from moesaic.train.config import TrainConfig
-from moesaic.train.keeper import Found, Keeper, _held_tensors
+from moesaic.train.keeper import Found, Keeper, held_tensors
 from moesaic.train.optim import OptimConfig, make_optimizer
 from moesaic.train.sharded.checkpoint import is_sharded
 from moesaic.train.sharded.consolidate import consolidate
@@ -69,7 +69,7 @@ class _Run:
 
     def values(self) -> dict[str, Tensor]:
         """Everything that is held, by its name in a checkpoint."""
-        tensors, trained = _held_tensors(self.model, self.spread)
+        tensors, trained = held_tensors(self.model, self.spread)
         found = {name: local(x).detach().clone() for name, (_, x) in tensors.items()}
         for name, (_, x) in trained.items():
             for key, value in self.optimizer.state[x].items():
@@ -113,7 +113,7 @@ def _load(rank: int, names: list[str], folder: str) -> dict[str, Tensor]:
             run = _Run(rank, name, folder)
             found = Found(place, is_sharded(place))
             assert run.keeper.restore(found, run.model, run.optimizer, run.spread)["step"] == 2
-            tensors, _ = _held_tensors(run.model, run.spread)
+            tensors, _ = held_tensors(run.model, run.spread)
             compared = 0
             for what, mine in run.values().items():
                 held = tensors[what.split("/")[1] if "/" in what else what][0]
@@ -151,3 +151,43 @@ def test_saved_under_one_loaded_under_every_other(tmp_path: Path) -> None:
             for pair, value in answer.items():
                 want = losses[pair.split(", ")[0]]
                 assert float(value) == pytest.approx(want, rel=1e-13), pair
+
+
+def _draw(rank: int, saved: str, name: str, folder: str, seed: int | None) -> dict[str, Tensor]:
+    """What is drawn next, by every part its own: after saving, or (seed None) after restoring."""
+    run = _Run(rank, name, folder)
+    if seed is None:
+        torch.manual_seed(99 + rank)
+        place = Path(folder) / saved / "checkpoints" / "step-00000000"
+        run.keeper.restore(Found(place, is_sharded(place)), run.model, run.optimizer, run.spread)
+    else:
+        torch.manual_seed(seed + run.team.part)
+        run.keeper.save(0, run.model, run.optimizer, run.spread, {"corpus": "text"}, is_best=False, wait=True)
+        run.keeper.close()
+    return {"drawn": torch.rand(3)}
+
+
+def test_random_numbers_go_on_where_parts_agree_and_else_anew(tmp_path: Path) -> None:
+    def draw(saved: str, name: str, seed: int | None = None) -> list[list[float]]:
+        size = LAYOUTS[name][0]
+        args = saved, name, str(tmp_path), seed
+        answers = run_distributed(size, _draw, *args) if size > 1 else [_draw(0, *args)]
+        return [answer["drawn"].tolist() for answer in answers]
+
+    was = {name: draw(name, name, seed=7) for name in ("one", "tp2", "dp2")}
+    assert was["tp2"] == 2 * was["one"]
+    assert was["dp2"][0] == was["one"][0] != was["dp2"][1]
+    for name in ("tp2", "dp2"):
+        place = tmp_path / name / "checkpoints" / "step-00000000"
+        consolidate(place, tmp_path / f"{name} whole" / "checkpoints" / "step-00000000")
+    for saved in ("one", "tp2", "tp2 whole"):
+        assert draw(saved, "tp2") == was["tp2"], saved
+        assert draw(saved, "one") == was["one"], saved
+    for saved in ("dp2", "dp2 whole"):
+        assert draw(saved, "dp2") == was["dp2"], saved
+    other = draw("dp2", "one")
+    assert other not in ([was["one"][0]], [was["dp2"][1]])
+    assert draw("dp2 whole", "one") == other
+    first, second = draw("one", "dp2")
+    assert [first] == other
+    assert second not in (first, *was["dp2"])

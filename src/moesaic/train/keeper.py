@@ -3,13 +3,14 @@
 One process writes a snapshot (``train/snapshot.py``); many write a sharded one (``train/sharded``) in the background. Both lie
 in ``checkpoints/step-XXXXXXXX``, and either kind is resumed by any number of processes in any layout. Random generators go on
 where they were if there are as many parts of the batch and stages as before; otherwise each process starts from a seed made of
-the run's, the step and its place.
+the run's, the step and its place. Looking, reading and writing go over a group of their own, as patient as a disk may be slow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,8 @@ from moesaic.train.sharded.snapshots import (
     restore_sharded_snapshot,
     save_sharded_snapshot,
 )
-from moesaic.train.snapshot import random_states, restore_snapshot, save_snapshot, set_random_states
-from moesaic.train.team import Team, everyone_of, hash_of
-from moesaic.train.whole import restore_whole
+from moesaic.train.snapshot import restore_snapshot, save_snapshot
+from moesaic.train.team import Team, hash_of
 
 _RANDOM = "random/"
 
@@ -58,11 +58,15 @@ class Keeper:
         self.folder, self.config, self.corpus, self.team = folder, config, corpus, team
         self._saver: AsyncSaver | None = None
 
+    @cached_property
+    def _group(self) -> Group:
+        """All processes, for checkpoints alone; all of them ask for it first at the same time."""
+        return saving_group(range(self.team.layout.world), self.team.here.rank)
+
     # ---- finding -------------------------------------------------------------------------------------------------
 
     def find(self, resume: bool) -> Found | None:
         """The newest whole checkpoint if the run is resumed. Raises ``MoesaicError`` where a new run would write over one."""
-        everyone = everyone_of(self.team.here)
 
         def look() -> bool:
             if not resume and (self.folder / "checkpoints").exists():
@@ -74,7 +78,7 @@ class Keeper:
         some = self.team.from_first(look, "earlier checkpoints")
         if not resume:
             return None
-        found = newest_checkpoint(self.folder, everyone)
+        found = newest_checkpoint(self.folder, self._group)
         if found is None and some:
             raise CheckpointError(
                 f"Every checkpoint in {self.folder / 'checkpoints'} is damaged; restore one from a copy, or start a new run."
@@ -94,40 +98,33 @@ class Keeper:
         self, found: Found, model: Decoder, optimizer: torch.optim.Optimizer, spread: Spread | None
     ) -> dict[str, Any]:
         """Put everything saved back; returns the caller's state with "step". Raises ``CheckpointError`` if it does not fit."""
-        if not found.sharded and spread is None:
+        state = read_json(found.folder / EXTRA).get("state")
+        state = state if isinstance(state, dict) else {}
+        same = state.get("parts", [1, 1]) == self._parts  # a run of one process has one part of everything
+        if not same:
+            self.team.say(
+                "Random numbers go on from a new seed: the parts of the batch or the stages are other than before."
+            )
+        if spread is None and not found.sharded:
             saved = restore_snapshot(found.folder, model, optimizer)
-        elif not found.sharded:
-            saved = restore_whole(found.folder, *_held_tensors(model, spread), optimizer, everyone_of(self.team.here))
-            self._seed(saved["step"])
+            if not same:
+                self._seed(saved["step"])
         else:
-            saved = self._restore_sharded(found, model, optimizer, spread)
+            tensors, trained = held_tensors(model, spread)
+            # One process saves the states of all GPUs it sees, and does not say which of them is its own.
+            on_device = state.get("device", "cpu") == self.team.device.type
+            states = self._random(on_device) if same else {}
+            wanted = {**tensors, **states}
+            saved = restore_sharded_snapshot(
+                found.folder, wanted, optimizer, trained, group=self._group, skip=(_RANDOM,)
+            )
+            self._seed(saved["step"])
+            self._set_random({name: x for name, (_, x) in states.items()})
         if saved["corpus"] != self.corpus.fingerprint:
             raise CheckpointError(
                 f"{self.folder} was trained on other text than it is resumed with: the files, their options or the tokenizer "
                 "changed. Restore them, or start a new run."
             )
-        return saved
-
-    def _restore_sharded(
-        self, found: Found, model: Decoder, optimizer: torch.optim.Optimizer, spread: Spread | None
-    ) -> dict[str, Any]:
-        tensors, trained = _held_tensors(model, spread)
-        state = read_json(found.folder / EXTRA).get("state")
-        parts = state.get("parts") if isinstance(state, dict) else None
-        same = parts == [self.team.layout.pp, self.team.layout.dp]
-        states = {name: (whole(name, x.shape, "dense"), x) for name, x in self._random().items()} if same else {}
-        saved = restore_sharded_snapshot(
-            found.folder,
-            {**tensors, **states},
-            optimizer,
-            trained,
-            group=everyone_of(self.team.here),
-            skip=() if same else (_RANDOM,),
-        )
-        if same:
-            set_random_states({self._plain(name): x for name, (_, x) in states.items()})
-        else:
-            self._seed(saved["step"])
         return saved
 
     # ---- saving --------------------------------------------------------------------------------------------------
@@ -151,14 +148,12 @@ class Keeper:
         if spread is None:
             save_snapshot(self.folder, step, model, optimizer, state, tokenizer, keep, is_best=is_best)
             return
-        layout = self.team.layout
-        tensors, trained = _held_tensors(model, spread)
+        layout = self.team.layout.describe()
+        tensors, trained = held_tensors(model, spread)
         packed, moments = pack_optimizer(optimizer, trained)
-        states = {name: (whole(name, x.shape, "dense"), x) for name, x in self._random().items()}
         files = model_files(model, tokenizer)
         if self._saver is None:
-            everyone = self.team.layout.world
-            self._saver = AsyncSaver(saving_group(range(everyone), self.team.here.rank))
+            self._saver = AsyncSaver(self._group)
 
         def write(tensors: Tensors, extra: dict[str, Any], group: Group) -> Path:
             return save_sharded_snapshot(
@@ -169,13 +164,13 @@ class Keeper:
                 optimizer=extra["optimizer"],
                 group=group,
                 files=files,
-                layout=layout.describe(),
+                layout=layout,
                 keep_last=keep,
                 is_best=is_best,
             )
 
-        extra = {"state": {**state, "parts": [layout.pp, layout.dp]}, "optimizer": packed}
-        self._saver.save(write, {**tensors, **moments, **states}, extra)
+        state = {**state, "parts": self._parts, "device": self.team.device.type}
+        self._saver.save(write, {**tensors, **moments, **self._random()}, {"state": state, "optimizer": packed})
         if wait:
             self._saver.wait()
 
@@ -191,27 +186,35 @@ class Keeper:
 
     # ---- random generators ---------------------------------------------------------------------------------------
 
-    def _random(self) -> dict[str, Tensor]:
-        """This process's random states by their names in a checkpoint: those of the first part as of one process, the others by
-        stage and part. Ranks that slice one layer draw alike.
+    @property
+    def _parts(self) -> list[int]:
+        """Stages and parts of the batch: processes that differ in either draw numbers of their own."""
+        return [self.team.layout.pp, self.team.layout.dp]
+
+    def _random(self, with_device: bool = True) -> Tensors:
+        """The states of this process's generators by their names in a checkpoint: as in a run of one process, those of later
+        stages and parts under their place. Ranks that slice one layer draw alike.
         """
         at = self.team.layout.coordinates(self.team.here.rank)
         place = "" if not at["pp"] and not at["dp"] else f"part-{at['pp']}-{at['dp']}/"
-        return {name.replace(_RANDOM, f"{_RANDOM}{place}"): x for name, x in random_states().items()}
+        states = {f"{_RANDOM}{place}cpu": torch.get_rng_state()}
+        if with_device and self.team.device.type == "cuda":
+            states[f"{_RANDOM}{place}cuda/0"] = torch.cuda.get_rng_state(self.team.device)
+        return {name: (whole(name, x.shape, "dense"), x) for name, x in states.items()}
 
-    def _plain(self, name: str) -> str:
-        """The name ``random_states`` has for it."""
-        kept = [part for part in name.split("/") if not part.startswith("part-")]
-        return "/".join(kept)
+    def _set_random(self, states: dict[str, Tensor]) -> None:
+        """Go on from what ``_random`` gave."""
+        for name, x in states.items():
+            if name.endswith("/cpu"):
+                torch.set_rng_state(x)
+            else:
+                torch.cuda.set_rng_state(x, self.team.device)
 
     def _seed(self, step: int) -> None:
-        self.team.say(
-            "Random numbers go on from a new seed: the parts of the batch or the stages are other than before."
-        )
         self.team.seed(hash_of(self.config.seed + 1, step))
 
 
-def _held_tensors(model: Decoder, spread: Spread | None) -> tuple[Tensors, Tensors]:
+def held_tensors(model: Decoder, spread: Spread | None) -> tuple[Tensors, Tensors]:
     """All that is saved of a model besides the optimiser's state, and the parameters among it, with what of each is here."""
     held = hold(model) if spread is None else spread.held
     tensors = {name: (held[name], x) for name, x in _stored(model)}
