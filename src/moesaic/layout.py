@@ -40,7 +40,7 @@ class ParallelConfig:
         exchange: "flat" all-to-all, or "hierarchical": within nodes, then between them.
         ranks_per_node: processes of one node, for "hierarchical"; None is what torchrun says (LOCAL_WORLD_SIZE).
         chunks: pieces an exchange is cut into, so that one travels while another is computed; 1 is none.
-        padded: exchange equal numbers of rows per expert, as many as the fullest has anywhere (at most its capacity).
+        padded: exchange equal numbers of rows per expert, as many as the fullest has anywhere; a run needs a capacity for it.
         replicas: spare slots per layer for copies of busy experts.
         rebalance_every: steps between looks at the load that may move experts; 0 never.
         shadow: hold the busiest experts everywhere for one step where that saves traffic (FasterMoE).
