@@ -67,5 +67,3 @@ class DataConfig:
             )
         if self.labels and not (self.stream and self.label_field is not None):
             raise ConfigError("data.labels is read only with data.stream and data.label_field; leave it out.")
-        if self.stream and STDLIB in self.sources:
-            raise ConfigError(f'"{STDLIB}" is small and already here; leave data.stream out for it.')

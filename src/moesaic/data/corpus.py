@@ -23,7 +23,7 @@ from moesaic.data.stream.shards import list_shards
 from moesaic.data.stream.texts import Text, Texts
 from moesaic.data.stream.tokens import TokenStream
 from moesaic.data.tokens import TokenCache, cached_documents, cached_tokens
-from moesaic.errors import DataError
+from moesaic.errors import ConfigError, DataError
 from moesaic.tokenizer import load_tokenizer, train_bpe
 
 Say = Callable[[str], None]
@@ -99,6 +99,8 @@ def load_corpus(
 
 
 def _open_stream(config: DataConfig, say: Say, tokenizer: Tokenizer | None) -> Corpus:
+    if STDLIB in config.sources:
+        raise ConfigError(f'"{STDLIB}" is small and already here; leave data.stream out for it.')
     patience = Patience(config.retries, say)
     texts = Texts(config, list_shards(config, patience), patience)
     size = sum(shard.size for shard in texts.shards) / 1e6

@@ -289,7 +289,6 @@ def test_impossible_feeds_are_refused(folders: dict[str, Path]) -> None:
         ({"retries": -1}, "data.retries must be at least 0"),
         ({"label_field": "lang"}, "list all of them in data.labels"),
         ({"labels": ("a",)}, "data.labels is read only with data.stream and data.label_field"),
-        ({"sources": ("stdlib",)}, "leave data.stream out for it"),
     ]:
         with pytest.raises(ConfigError, match=match):
             config(folders["few"], **change)  # type: ignore[arg-type]

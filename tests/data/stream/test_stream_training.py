@@ -17,6 +17,7 @@ import pytest
 from moesaic.train.log import read_metrics
 from tests.command import CONFIG, call, make_project, one_sentence, start
 from tests.data.stream.shards import documents, tokenizer, write_shards
+from tests.parallel.elastic import launch
 
 TRAIN = ("train", "--data", "shards/*.jsonl.gz", "--config", "tiny.json")
 _FIGURES = ("step", "loss", "lm_loss", "grad_norm", "lr", "load")
@@ -94,3 +95,40 @@ def test_a_broken_record_in_the_middle_of_a_run_is_one_sentence(
     assert done.status == 0
     assert "Broken records left out so far: 1. The last one: shards/name-0000" in done.out + done.err
     assert len(steps(project / "skipping")) == 24
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_another_number_of_processes_goes_on_with_the_same_text(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two processes, then one, then three (of which each has a row or two), then the losses of one process alone."""
+    # A large eps, or Adam would make whole steps of the last digits of gradients near zero.
+    steady = (
+        "--set",
+        "optim.schedule=constant",
+        "optim.warmup=0",
+        "dtype=fp32",
+        "optim.eps=0.1",
+        "batch_size=4",
+        "data.lanes=4",
+    )
+    data = ("--data", str(project / "shards"), "--config", str(project / "tiny.json"))
+    assert call(capsys, "train", *data, *steady, "--out", "whole", "--steps", "9").status == 0
+    for number, (processes, last) in enumerate([(2, 3), (1, 5), (3, 9)]):
+        given = ("--resume", "--steps", str(last)) if number else (*data, *steady, "--steps", str(last))
+        run = launch(["-m", "moesaic", "train", "--out", str(project / "run"), *given], processes, project / "log")
+        assert run.wait(120) == 0, run.said
+    whole, found = steps(project / "whole"), steps(project / "run")
+    assert [r["step"] for r in found] == list(range(1, 10))
+    for a, b in zip(whole, found, strict=True):
+        assert (b["loss"], b["grad_norm"]) == (
+            pytest.approx(a["loss"], rel=1e-5),
+            pytest.approx(a["grad_norm"], rel=1e-4),
+        )
+        assert b["load"] == a["load"]
+    saved = [
+        json.loads((project / name / "checkpoints" / "step-00000009" / "training.json").read_text())["state"]["sampler"]
+        for name in ("whole", "run")
+    ]
+    assert saved[0] == saved[1]  # the position of every lane, whoever read it

@@ -122,6 +122,11 @@ def test_a_corpus_of_a_stream(folder: Path) -> None:
     assert batch.ids_BS.shape == (4, 16)
 
 
+def test_the_text_of_the_installation_is_no_stream() -> None:
+    with pytest.raises(ConfigError, match='"stdlib" is small and already here; leave data.stream out for it'):
+        load_corpus(config("stdlib"))
+
+
 def test_the_tokenizer_never_sees_held_out_text(tmp_path: Path) -> None:
     """A word that only held-out documents have is not a token."""
     plain = [f"plain words {n}" for n in range(200)]
