@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import signal
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +247,19 @@ def test_a_stopped_rank_ends_the_run_within_the_time() -> None:
         assert 4 < ended[rank].seconds < 4 + 2.5 + 5
 
 
+def _is_told_to_stop(here: Started) -> None:
+    """torchrun signals the others when it sees one die: here, while they look who it was."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    _dies(here, signal.SIGKILL)
+
+
+def test_a_signal_does_not_keep_survivors_from_saying_who_died() -> None:
+    ended = run_started(3, _is_told_to_stop)
+    assert [e.code for e in ended] == [2, 2, -signal.SIGKILL]
+    assert all("Rank 2 does not answer" in sentence(e) for e in ended[:2])
+
+
 def _lags(here: Started) -> None:
     group = everybody(here)
     group.all_reduce(torch.ones(3), what="gradients")
@@ -290,17 +305,19 @@ def test_a_rank_that_failed_in_words_is_quoted_by_the_others() -> None:
     assert sentence(ended[0]).endswith(" Rank 1 has ended: books.txt is empty.")
 
 
-def _foreign(here: Started) -> None:
+def _foreign(here: Started, watched: bool) -> None:
     here.watch.layer = "layer 1"
-    with here.watch.others():
+    with here.watch.others() if watched else nullcontext():
         dist.all_reduce(torch.ones(3))
         if here.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         dist.all_reduce(torch.ones(3))
 
 
-def test_a_failure_in_a_collective_that_is_not_ours_names_rank_and_layer() -> None:
-    ended = run_started(2, _foreign)
+@pytest.mark.parametrize("watched", [True, False])
+def test_a_failure_in_a_collective_that_is_not_ours_names_rank_and_layer(watched: bool) -> None:
+    ended = run_started(2, _foreign, watched)
+    assert ended[0].code == 2
     said = sentence(ended[0])
     assert said.startswith("Rank 0: a collective of FSDP or of the pipeline failed in layer 1: Connection "), said
     assert "Rank 1 does not answer" in said

@@ -27,7 +27,7 @@ from moesaic.parallel.board import Board
 from moesaic.parallel.limit import Limit
 from moesaic.parallel.rollcall import roll_call
 from moesaic.parallel.torchrun import Launch, interface_to, loopback, read_launch, tell_torchrun, threads
-from moesaic.parallel.watch import Watch
+from moesaic.parallel.watch import Watch, about_connection
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -67,6 +67,10 @@ class Started:
         try:
             if error is None:
                 self._leave(self.store)
+            elif about_connection(error):  # in a collective that is not ours
+                failure = self.watch.failure(str(error))
+                self._fail(failure)
+                raise failure from error
             else:
                 self._fail(error)
             well = error is None

@@ -12,6 +12,8 @@ collective lasts longer than it may: gloo gives up by itself, NCCL may not.
 from __future__ import annotations
 
 import re
+import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -47,6 +49,13 @@ class Spent:
     calls: int = 0
     sent_bytes: int = 0
     seconds: float = 0.0
+
+
+def about_connection(error: BaseException) -> bool:
+    """Whether an error of PyTorch is one of a collective."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and _CONNECTION.search(str(error)) is not None
 
 
 class Mark(Protocol):
@@ -111,7 +120,7 @@ class Watch:
         try:
             yield
         except RuntimeError as error:
-            if not isinstance(error, dist.DistError) and not _CONNECTION.search(str(error)):
+            if not about_connection(error):
                 raise
             raise self.failure(str(error)) from error
 
@@ -144,7 +153,8 @@ class Watch:
             said = _ADVICE.sub("", _SOURCE_PLACE.sub("", reason.strip().splitlines()[0])).rstrip(". ")
             sentence = f"Rank {self.rank}: {name} failed{where}: {said}."
         if self.board is not None:
-            words, blames = self._missing(self.board, entry)
+            with _signals_ignored():
+                words, blames = self._missing(self.board, entry)
             if words:
                 sentence += f" {words[0].upper()}{words[1:]}."
             self.board.end(sentence, blames)
@@ -162,6 +172,20 @@ class Watch:
         axis = "" if entry is None else entry.axis
         words, blames = missing(sights, axis, self.entered.get(axis, 0))
         return words or "all others answer and wait, too: a connection is broken, or they do different things", blames
+
+
+@contextmanager
+def _signals_ignored() -> Iterator[None]:
+    """torchrun stops the others as soon as one process has died, and they are about to say which one it was."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Collective:
