@@ -26,13 +26,13 @@ from moesaic.report.runs import MONITORS, Run
 from moesaic.report.text import big
 
 
-def scale_legend() -> str:
-    """The key of every load heat map."""
+def scale_legend(middle: str = "fair share", none: str = "no token at all") -> str:
+    """The key of every load heat map; ``middle``: what 1 stands for, ``none``: what 0 does."""
     blocks = "".join(f'<i class="b h{i}"></i>' for i in range(13))
-    marks = "<span>¼ or less</span><span>½</span><span>fair share</span><span>2×</span><span>4× or more</span>"
+    marks = f"<span>¼ or less</span><span>½</span><span>{middle}</span><span>2×</span><span>4× or more</span>"
     return (
         f'<div class="scale"><div><div class="blocks">{blocks}</div><div class="marks">{marks}</div></div>'
-        '<span class="key"><i class="swatch deadkey"></i>no token at all</span></div>'
+        f'<span class="key"><i class="swatch deadkey"></i>{none}</span></div>'
     )
 
 
@@ -173,10 +173,11 @@ def panel_section(run: Run, data: Data) -> str:
         keep(data, frame, series, "tokens", digits, unit)
         reading = reading.format(window=window)
         out.append(figure(title, reading, charts.line_chart(series, frame), css="panel"))
-    return layer_key(run) + f'<div class="grid3">{"".join(out)}</div>' + _window_note(run)
+    return layer_key(run) + f'<div class="grid3">{"".join(out)}</div>' + window_note(run)
 
 
-def _window_note(run: Run) -> str:
+def window_note(run: Run) -> str:
+    """How many steps a point of the panels is the mean of; nothing for one."""
     if run.window_steps == 1:
         return ""
     return f'<p class="note">Each point is the mean of {text.plural(run.window_steps, "logged step")}.</p>'

@@ -16,6 +16,7 @@ from moesaic.report import charts, text
 from moesaic.report.domains import domain_loss, domain_section
 from moesaic.report.figures import Data, loss_section, run_layer, section
 from moesaic.report.layers import load_section, panel_section
+from moesaic.report.processes import process_section
 from moesaic.report.runs import Run, read_run
 from moesaic.report.shell import assemble, write_page
 from moesaic.report.text import big, escape
@@ -72,6 +73,14 @@ def render(runs: dict[str, Run], summary: dict[str, Any], title: str) -> str:
         parts.append(("load", "Load", section("load", "Load per expert", lead, load_section(sparse, data))))
         lead = "The vital signs of the routers, per layer. Pick a layer above to single it out."
         parts.append(("routers", "Routers", section("routers", "Router health", lead, panel_section(sparse, data))))
+    for run in runs.values():
+        if final := run.final_ranks():
+            lead = (
+                f"{run.layout or text.plural(run.processes, 'process')}. A layer is done when its busiest process is."
+            )
+            html = section("processes", "Processes", lead, process_section(run, final, data))
+            parts.append(("processes", "Processes", html))
+            break
     if sparse and sparse.domain_load:
         parts.append(
             ("experts", "Experts", section("experts", "Domains and experts", "", domain_section(sparse, data)))
@@ -83,7 +92,7 @@ def render(runs: dict[str, Run], summary: dict[str, Any], title: str) -> str:
     if samples:
         parts.append(("samples", "Samples", samples))
     parts.append(("config", "Configuration", config_section(runs, summary)))
-    parts.append(("glossary", "Glossary", glossary_section()))
+    parts.append(("glossary", "Glossary", glossary_section(text.PROCESS_TERMS if "ranks" in data else ())))
     name = escape(title if len(runs) > 1 else main.name or title)
     sources = ", ".join(f"{r.folder.name}/metrics.jsonl" for r in runs.values())
     return assemble(name, hero(runs, summary, name), parts, data, sources, layer_picker(sparse))
@@ -224,6 +233,7 @@ def config_section(runs: dict[str, Run], summary: dict[str, Any]) -> str:
         facts = {
             "parameters, total": run.params_total,
             "parameters, active": run.params_active,
+            "processes": run.layout if run.processes > 1 else None,
             "status": text.status(run),
         }
         tables[css] = {**{key: str(value) for key, value in facts.items() if value is not None}, **tables[css]}
@@ -253,7 +263,9 @@ def _flat(value: object, prefix: str = "") -> list[tuple[str, str]]:
     return [(prefix or "value", value if isinstance(value, str) else json.dumps(value))] if prefix else []
 
 
-def glossary_section() -> str:
-    """Every term of the page in one line each."""
-    terms = "".join(f"<div><dt>{escape(term)}</dt><dd>{escape(words)}</dd></div>" for term, words in text.GLOSSARY)
+def glossary_section(more: tuple[tuple[str, str], ...] = ()) -> str:
+    """Every term of the page in one line each, ``more`` at the end."""
+    terms = "".join(
+        f"<div><dt>{escape(term)}</dt><dd>{escape(words)}</dd></div>" for term, words in (*text.GLOSSARY, *more)
+    )
     return section("glossary", "Glossary", "", f'<dl class="glossary">{terms}</dl>')

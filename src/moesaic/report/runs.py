@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from moesaic.errors import DataError, MoesaicError
+from moesaic.report.ranks import RankSums, merge, read_ranks
 
 MONITORS = ("max_vio", "entropy", "margin", "dead", "drop_rate")
 CELL_BUDGET = 480_000  # load numbers kept for the page: windows x layers x experts
@@ -39,6 +40,7 @@ class Window:
     load_X: np.ndarray
     total_ML: np.ndarray
     count_ML: np.ndarray
+    ranks: RankSums | None = None  # of a run of more than one process
 
     def merged(self, later: Window) -> Window:
         return Window(
@@ -49,6 +51,7 @@ class Window:
             self.load_X + later.load_X,
             self.total_ML + later.total_ML,
             self.count_ML + later.count_ML,
+            merge(self.ranks, later.ranks),
         )
 
     @property
@@ -82,6 +85,8 @@ class Run:
     num_experts: list[int] = field(default_factory=list)
     routers: list[str] = field(default_factory=list)
     domains: list[str] = field(default_factory=list)
+    processes: int = 1
+    layout: str = ""  # of the processes, in words
     step: array[int] = field(default_factory=lambda: array("q"))
     tokens: array[float] = field(default_factory=lambda: array("d"))
     time_s: array[float] = field(default_factory=lambda: array("d"))
@@ -109,13 +114,24 @@ class Run:
 
     def final_load(self) -> np.ndarray:
         """Load summed over (at least) the last tenth of the steps, laid out as ``Window.load_X``."""
-        want = max(1, len(self.step) // 10)
-        total, have = np.zeros(sum(self.num_experts), dtype=np.int64), 0
+        return sum((window.load_X for window in self.last_tenth()), np.zeros(sum(self.num_experts), dtype=np.int64))
+
+    def final_ranks(self) -> RankSums | None:
+        """What the processes did in (at least) the last tenth of the steps; None where nobody logged it."""
+        found = None
+        for window in self.last_tenth():
+            found = merge(found, window.ranks)
+        return found
+
+    def last_tenth(self) -> list[Window]:
+        """The fewest last windows with at least a tenth of the steps, in order."""
+        want, have, found = max(1, len(self.step) // 10), 0, []
         for window in reversed(self.windows):
-            total, have = total + window.load_X, have + window.num_steps
+            found.append(window)
+            have += window.num_steps
             if have >= want:
                 break
-        return total
+        return found[::-1]
 
 
 def read_run(folder: Path) -> Run:
@@ -218,6 +234,7 @@ def _take_header(run: Run, record: Record) -> None:
     run.params_total = None if math.isnan(total) else int(total)
     run.params_active = None if math.isnan(active) else int(active)
     run.domains = [str(name) for name in record.get("domains") or []]
+    run.processes, run.layout = int(record.get("processes") or 1), str(record.get("layout") or "")
     experts = [int(count) for count in record.get("num_experts") or []]
     if run.windows and run.num_experts and experts != run.num_experts:
         raise ValueError("the number of experts changed within one file")
@@ -282,7 +299,8 @@ def _add_window(run: Run, record: Record) -> None:
         value_ML[index] = [_number(value) for value in values]
     known = ~np.isnan(value_ML)
     step, total_ML = run.step[-1], np.where(known, value_ML, 0.0)
-    window = Window(run.tokens[-1], step, step, 1, load_X, total_ML, known.astype(np.int64))
+    ranks = read_ranks(record, run.layers)
+    window = Window(run.tokens[-1], step, step, 1, load_X, total_ML, known.astype(np.int64), ranks)
     if run.windows and run.windows[-1].num_steps < run.window_steps:
         run.windows[-1] = run.windows[-1].merged(window)
         return

@@ -275,3 +275,11 @@ GLOSSARY = (
     ("Dense twin", "A model without experts, trained on the same tokens with about as many active parameters."),
     ("Tokens, steps", "A step is one weight update; tokens counts all the text read since the start."),
 )
+PROCESS_TERMS = (
+    (
+        "Process, rank",
+        "One of the programs that train together, and its number; dp, ep, tp and pp say what they share.",
+    ),
+    ("Rows", "Token assignments that a process's experts compute; those of all its experts together are its load."),
+    ("All-to-all", "Every process sends rows to the processes with their experts and later gets the outputs back."),
+)

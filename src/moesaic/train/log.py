@@ -28,6 +28,7 @@ from rich.text import Text
 
 from moesaic.errors import DataError, disk_errors
 from moesaic.train.board import Board
+from moesaic.train.ranks import in_short
 
 FILE_NAME = "metrics.jsonl"
 Record = Mapping[str, Any]
@@ -234,6 +235,8 @@ class Progress:
             parts.append(f"{sum(dead):.0f} dead")
         if (drops := _numbers(record.get("drop_rate"))) and max(drops) > 0:
             parts.append(f"{max(drops):.1%} dropped")
+        if ranks := record.get("ranks"):
+            parts += in_short(ranks)
         return "  ".join(parts)
 
     def say(self, sentence: str) -> None:

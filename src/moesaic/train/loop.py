@@ -38,7 +38,7 @@ from moesaic.train.keeper import Found, Keeper
 from moesaic.train.log import MetricsLog, NoLog, Progress
 from moesaic.train.optim import learning_rate, make_optimizer
 from moesaic.train.recompute import recompute_activations
-from moesaic.train.record import ranks_record, run_record, step_record
+from moesaic.train.record import begin_step, ranks_record, run_record, step_record
 from moesaic.train.result import RunState, TrainResult
 from moesaic.train.resume import check_run
 from moesaic.train.step import train_step
@@ -182,6 +182,7 @@ class _Run:
             if self.log.config != to_dict(config) and not self.finished_before:
                 self.log.write(self.described)
             while state.step < config.steps:
+                begin_step(team)
                 started = time.perf_counter()
                 batches = self._batches()
                 lr = learning_rate(config.optim, state.step, config.steps)
@@ -199,8 +200,9 @@ class _Run:
                 self.keeper.check()
                 loads = {layer: mine.load_E for layer, mine in reading.layers.items()}
                 moved = self.moves.after_step(self.optimizer, state.step, loads)
-                record = step_record(config, state, reading, lr, time.perf_counter() - started)
-                record |= moved | ranks_record(team, self.spread)
+                seconds = time.perf_counter() - started
+                record = step_record(config, state, reading, lr, seconds)
+                record |= moved | ranks_record(team, self.spread, seconds)
                 self.log.write(record)
                 if trace is not None:
                     trace.add(state.step, plans)

@@ -1,4 +1,4 @@
-"""The records of a run for metrics.jsonl: what it is, and what a step did."""
+"""The records of a run for metrics.jsonl: what it is, what a step did, and what every process did in it (``ranks.py``)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from moesaic.models.decoder import Decoder
 from moesaic.parallel.apply import Spread
 from moesaic.plan.read import num_logged
 from moesaic.train.config import TrainConfig
+from moesaic.train.ranks import NOT_HERE, to_entries
 from moesaic.train.reading import StepReading
 from moesaic.train.result import RunState
 from moesaic.train.team import Team
@@ -80,20 +81,26 @@ def _dead(config: TrainConfig, state: RunState, reading: StepReading) -> list[in
     return dead
 
 
-def ranks_record(team: Team, spread: Spread | None) -> dict[str, Any]:
-    """What every process did in a step, for the one log: expert rows by layer, bytes and seconds of exchanges and of the other
-    collectives. Nothing in a run of one process.
+def begin_step(team: Team) -> None:
+    """Forget the collectives since the last step: those of the start, of validation and of checkpoints are in none."""
+    if team.world is not None:
+        team.world.watch.take()
+
+
+def ranks_record(team: Team, spread: Spread | None, seconds: float) -> dict[str, Any]:
+    """{"ranks": what every process did since ``begin_step``}, for the one log (see ``ranks.py``: one dictionary per process, or
+    three of all where there are very many); {} in a run of one process. All processes call it together.
+
+    ``seconds``: what the step took this process.
     """
     if team.world is None or spread is None:
         return {}
-    spent = team.world.watch.take()
+    spent, rows = team.world.watch.take(), spread.take_rows()
     travel = [s for what, s in spent.items() if what.startswith(("dispatch", "combine"))]
     others = [s for what, s in spent.items() if not what.startswith(("dispatch", "combine"))]
-    mine = {
-        "rows": spread.take_rows(),
-        "all_to_all_bytes": sum(s.sent_bytes for s in travel),
-        "all_to_all_s": round(sum(s.seconds for s in travel), 6),
-        "collective_bytes": sum(s.sent_bytes for s in others),
-        "collective_s": round(sum(s.seconds for s in others), 6),
-    }
-    return {"ranks": team.all_values(mine, "figures of the step")}
+    mine = [seconds, *(sum(s.seconds for s in kind) for kind in (travel, others))]
+    mine += [sum(s.sent_bytes for s in kind) for kind in (travel, others)]
+    mine += [rows.get(str(layer), NOT_HERE) for layer in spread.sizes]
+    figures_F = torch.tensor(mine, dtype=torch.float64, device=team.device)  # holds counts exactly
+    figures_RF = torch.stack(team.world.everyone.all_gather(figures_F, what="figures of the step")).cpu()
+    return {"ranks": to_entries(figures_RF, list(spread.sizes))}
