@@ -12,7 +12,8 @@ from moesaic.experts import StackedExperts
 from moesaic.experts.dispatch import dispatch_local
 from moesaic.layout import Layout, ParallelConfig
 from moesaic.parallel.dispatch import ExchangeDispatch
-from moesaic.parallel.exchange import FlatPath, TwoLevelPath, by_slot, exchange_counts, reorder
+from moesaic.parallel.exchange import FlatPath, TwoLevelPath, exchange_counts
+from moesaic.parallel.orders import by_slot, reorder
 from moesaic.parallel.watch import CollectiveError
 from moesaic.parallel.world import World
 from moesaic.plan.placement import Placement
