@@ -134,3 +134,13 @@ def test_a_file_is_opened_once_and_closed(monkeypatch: pytest.MonkeyPatch) -> No
         file.seek(0)
         assert file.read() == DATA
     assert [inner.closed for inner in made] == [True]
+
+
+def test_keys_in_an_address_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    no_pauses(monkeypatch)
+
+    def fail() -> None:
+        raise ValueError("503, message='Busy', url='https://host/a.jsonl?key=secret&x=1' (why?)")
+
+    with pytest.raises(DataError, match=r"\(503, message='Busy', url='https://host/a.jsonl' \(why\?\)\)"):
+        Patience(0).attempt("x", fail)

@@ -285,6 +285,13 @@ def test_files_on_the_web(tmp_path: Path, etags: bool, suffix: str, monkeypatch:
         with pytest.raises(DataError, match=rf"name-00001{suffix} has .* bytes, but the checkpoint knows") as caught:
             feed_of(addresses).load_state_dict(feed.state_dict())
         assert "secret" not in str(caught.value)
+        name = sorted(files)[0]
+        assert len(listed([f"{server.address}{name}?part={n}" for n in (1, 2, 2)])) == 2
+        server.failures = [503] * 9
+        with pytest.raises(DataError, match=r"could not be read in 3 tries \(.*503") as caught:
+            feed_of(addresses).next_step()
+        assert "secret" not in str(caught.value)
+        server.failures = []
         fails(r"http://127.*/none.jsonl is not there", f"{server.address}/none.jsonl?token=secret")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -57,6 +58,8 @@ class Patience:
 def _reason(error: Exception) -> str:
     strerror = getattr(error, "strerror", None)
     line = next(iter(str(strerror or error).strip().splitlines()), "")
+    # Clients quote the whole address, with the keys that a query may hold.
+    line = re.sub(r"(\w+://[^\s?'\"]*)\?[^\s'\")]*", r"\1", line)
     return line.rstrip(".") or type(error).__name__
 
 

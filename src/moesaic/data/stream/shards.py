@@ -69,13 +69,13 @@ def list_shards(config: DataConfig, patience: Patience) -> tuple[Shard, ...]:
     """
     if not config.sources:
         raise DataError("There is no text to stream; name files, folders or addresses with --data.")
-    found: dict[str, tuple[Found, str]] = {}
+    found: dict[tuple[str, str], tuple[Found, str]] = {}
     for source in config.sources:
         for name, one, place in _listed(source, patience):
-            found.setdefault(name, (one, place))
+            found.setdefault((name, one[1]), (one, place))  # files on the web may differ in their queries alone
     labels = labels_of([place for _, place in found.values()], config.label_by, len(found) == len(config.sources))
     shards = []
-    for (name, ((files, path, info), _)), label in zip(found.items(), labels, strict=True):
+    for ((name, _), ((files, path, info), _)), label in zip(found.items(), labels, strict=True):
         size, stamp = identify(name, files, path, info, patience)
         if size == 0 and not name.lower().endswith(PLAIN_TEXT):
             if config.on_error == "skip":
