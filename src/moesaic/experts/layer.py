@@ -9,7 +9,7 @@ Legend: T tokens (all leading dimensions flattened), D model width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -56,6 +56,8 @@ class MoE(nn.Module):
         expert_masking: in training, probability of each expert to be out for a whole batch.
         gating_dropout, gating_groups: in training, probability of a whole batch to keep to the experts of its own group, and
             the number of groups (``routing/dropout.py``).
+        slots: the feed-forward experts whose weights are made here (``StackedExperts``); None makes all. The router knows all
+            of them, and the dispatcher must know where the others are. Single neurons are always made.
 
     Attributes:
         rules: may also be set from outside, at any time; nothing that routes, drops, reroutes or edits can break them.
@@ -94,6 +96,7 @@ class MoE(nn.Module):
         expert_masking: float = 0.0,
         gating_dropout: float = 0.0,
         gating_groups: int = 1,
+        slots: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if dim < 1 or hidden < 1 or min(shared, zero, copy, constant) < 0:
@@ -129,7 +132,9 @@ class MoE(nn.Module):
                 raise ConfigError('expert_bias=True does not go with expert_kind="neuron".')
             stacked = NeuronExperts(experts, dim, activation)
         else:
-            stacked = StackedExperts(experts, dim, hidden, activation, gated, backend, expert_dropout, expert_bias)
+            stacked = StackedExperts(
+                experts, dim, hidden, activation, gated, backend, expert_dropout, expert_bias, slots
+            )
         self.experts = WithSpecialExperts(stacked, zero, copy, constant) if special else stacked
         self.shared = (
             SharedExperts(shared, dim, hidden, activation, gated, shared_gate, shared_hidden) if shared else None

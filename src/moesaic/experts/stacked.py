@@ -9,7 +9,7 @@ Legend: N rows, E experts, D model width, H expert width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class StackedExperts(nn.Module):
         dropout: in training, share of hidden units set to 0 (Switch fine-tunes with 0.4 here and 0.1 elsewhere).
         bias: ``b_in`` (E, 2H or H) and ``b_out`` (E, D) after the products (gpt-oss); the kernel knows none, nor
             "clamped_swiglu".
+        slots: the experts of those E whose weights are made here, by number and in order; None makes all. Each is drawn as it
+            would be among all.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class StackedExperts(nn.Module):
         backend: Backend = "auto",
         dropout: float = 0.0,
         bias: bool = False,
+        slots: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= dropout < 1:
@@ -57,7 +60,9 @@ class StackedExperts(nn.Module):
         if backend == "kernel" and (bias or activation in GATES):
             what = "biases" if bias else f'"{activation}"'
             raise ConfigError(f'backend="kernel" does not know {what} of experts; use backend="auto".')
-        self.num_experts, self.dim, self.hidden = num_experts, dim, hidden
+        self._numbers = range(num_experts) if slots is None else tuple(slots)  # as made; experts may move later
+        self.num_experts = num_experts = len(self._numbers)
+        self.dim, self.hidden = dim, hidden
         self.activation, self.gated = activation, gated
         self.backend: Backend = backend
         self.dropout = dropout
@@ -82,10 +87,10 @@ class StackedExperts(nn.Module):
         if self.w_in.is_meta:
             return
         base = int(torch.randint(2**31, ()))
-        for expert in range(self.num_experts):
-            generator = torch.Generator(self.w_in.device).manual_seed(base + expert)
-            init_fan_in_(self.w_in.data[expert], self.dim, scale, generator)
-            init_fan_in_(self.w_out.data[expert], self.hidden, scale * out_scale, generator)
+        for number, w_in, w_out in zip(self._numbers, self.w_in.data, self.w_out.data, strict=True):
+            generator = torch.Generator(self.w_in.device).manual_seed(base + number)
+            init_fan_in_(w_in, self.dim, scale, generator)
+            init_fan_in_(w_out, self.hidden, scale * out_scale, generator)
         for bias in (self.b_in, self.b_out):
             if bias is not None:
                 nn.init.zeros_(bias)

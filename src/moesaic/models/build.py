@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -53,19 +54,21 @@ def build_model(config: ModelConfig, seed: int | None = None, device: torch.devi
             torch.manual_seed(seed)
             return build_model(config, None, device)
     with torch.device(device):
-        blocks = [_block(config, layer) for layer in range(config.num_layers)]
+        blocks = [build_block(config, layer) for layer in range(config.num_layers)]
         norm = make_norm(config.norm, config.dim, config.norm_eps)
-        # One matrix drawn once: a tied head takes over the embedding's.
         head = Linear(config.dim, config.vocab_size, bias=False)
         model = Decoder(config, nn.Embedding(config.vocab_size, config.dim), blocks, norm, head)
-        _initialise(model)
+        # One matrix drawn once: a tied head takes over the embedding's.
+        ends = [model.embedding] if config.tie_embeddings else [model.embedding, model.head]
+        for piece in (*ends, *blocks):
+            initialise(piece, config)
     if model.embedding.weight.device.type != "meta":  # a model to be used, not a shape to be counted
-        _warn(model)
+        warn(model)
     return model
 
 
-def _warn(model: Decoder) -> None:
-    """Pass on what runs and will likely disappoint."""
+def warn(model: Decoder) -> None:
+    """Pass on what runs and will likely disappoint (``LintWarning``)."""
     moe, sparse = model.config.moe, model.moe_layers()
     found = []
     for i, layer in enumerate(sparse.values()):
@@ -76,10 +79,11 @@ def _warn(model: Decoder) -> None:
             warnings.warn(f"{finding.where}: {finding.what} {finding.instead}".strip(), LintWarning, stacklevel=3)
 
 
-def _block(config: ModelConfig, layer: int) -> Block:
+def build_block(config: ModelConfig, layer: int, slots: Sequence[int] | None = None) -> Block:
+    """One block, not initialised. Arguments and errors as of ``build_ffn``."""
     attention = _attention(config, layer)
     norms = [make_norm(config.norm, config.dim, config.norm_eps) for _ in range(2)]
-    rest = (build_ffn(config, layer), norms[0], norms[1], config.norm_placement)
+    rest = (build_ffn(config, layer, slots), norms[0], norms[1], config.norm_placement)
     if config.depth is None or layer not in config.depth_layers:
         return Block(attention, *rest)
     assert isinstance(attention, Attention)
@@ -135,8 +139,14 @@ def build_depth_router(dim: int, depth: DepthConfig) -> DepthRouter:
     return router
 
 
-def build_ffn(config: ModelConfig, layer: int) -> MLP | MoE:
-    """The feed-forward layer of one block, not initialised. Raises ``ConfigError`` for what a decoder must not hold."""
+def build_ffn(config: ModelConfig, layer: int, slots: Sequence[int] | None = None) -> MLP | MoE:
+    """The feed-forward layer of one block, not initialised.
+
+    Args:
+        slots: of a sparse layer, the experts whose weights are made (``MoE``); None makes all.
+
+    Raises ``ConfigError`` for what a decoder must not hold.
+    """
     moe = config.moe
     if moe is None or layer not in config.moe_layers:
         return MLP(config.dim, pick(config.hidden, layer), config.activation, config.gated, config.mlp_bias)
@@ -166,6 +176,7 @@ def build_ffn(config: ModelConfig, layer: int) -> MLP | MoE:
         expert_masking=moe.expert_masking,
         gating_dropout=moe.gating_dropout,
         gating_groups=moe.gating_groups,
+        slots=slots,
     )
     check_losses(moe.losses, sparse.router, moe.loss_options, has_rules=moe.rules is not None and moe.rules.hard)
     sparse.evidence = evidence_needed(moe.losses, moe.loss_options)
@@ -209,12 +220,14 @@ def _refuse_leaks(moe: MoEConfig, sparse: MoE) -> None:
         )
 
 
-def _initialise(model: Decoder) -> None:
-    config = model.config
-    out_scale = 1 / (2 * config.num_layers)
-    nn.init.normal_(model.embedding.weight, std=0.02)
-    if not config.tie_embeddings:
-        init_fan_in_(model.head.weight, config.dim, config.init_scale)
-    for block in model.blocks:
-        block.attention.reset_parameters(config.init_scale, out_scale)  # type: ignore[union-attr, operator]
-        block.ffn.reset_parameters(config.init_scale, out_scale)  # type: ignore[union-attr, operator]
+def initialise(piece: nn.Module, config: ModelConfig) -> None:
+    """Draw the weights of an embedding, a head that has its own, or a block. Those of a model are drawn in this order."""
+    if isinstance(piece, nn.Embedding):
+        nn.init.normal_(piece.weight, std=0.02)
+    elif isinstance(piece, Linear):
+        init_fan_in_(piece.weight, config.dim, config.init_scale)
+    elif isinstance(piece, Block):
+        for part in (piece.attention, piece.ffn):
+            part.reset_parameters(config.init_scale, 1 / (2 * config.num_layers))  # type: ignore[operator]
+    else:
+        raise TypeError(f"{type(piece).__name__} is no piece of a model that is drawn")

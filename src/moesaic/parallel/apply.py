@@ -10,6 +10,8 @@
 | 6 FSDP | shards what is left over dp (experts: edp) | wraps modules whose forward is final |
 
 Mixed precision is no step: parameters stay fp32, ``model.compute_dtype`` sets the activations, and modules cast at use.
+
+No step reads a number, so the model may be one of shapes alone, whose part gets memory and numbers afterwards (``build.py``).
 """
 
 from __future__ import annotations
@@ -125,12 +127,14 @@ def apply(
     world: World,
     config: ParallelConfig,
     *,
+    device: torch.device | None = None,
     recompute: Callable[[Decoder], None] | None = None,
     placements: dict[int, Placement] | None = None,
 ) -> Spread:
     """Spread ``model``, which every process has built whole from the same seed, over the processes of ``world``. In place.
 
     Args:
+        device: where it will be, if it is on the meta device.
         recompute: makes a model recompute activations.
         placements: where experts are, by layer; others lie evenly, with ``config.replicas`` copies.
 
@@ -155,7 +159,7 @@ def apply(
     if ranges:
         spread.pipeline = Pipeline(model, ranges, world["pp"])
     if config.fsdp:
-        _shard(spread)
+        _shard(spread, device or next(model.parameters()).device)
     return spread
 
 
@@ -195,12 +199,11 @@ def _compile(model: Decoder) -> None:
             dense.compile()
 
 
-def _shard(spread: Spread) -> None:
+def _shard(spread: Spread, device: torch.device) -> None:
     """FSDP2: the experts of a layer over edp, every block and what is left over dp. Gradients are summed."""
     model, world = spread.model, spread.world
     # Blocks return views; nothing here adds to one in place, which is what FSDP warns of.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
-    device = next(model.parameters()).device.type
     units: list[tuple[Any, Axis]] = []
     # Experts without copies stay whole; blocks must not shard them over dp.
     own = {p for layer in model.moe_layers().values() for p in stack_of(layer).parameters()}
@@ -223,7 +226,7 @@ def _shard(spread: Spread) -> None:
             return Shard(1) if axis == "edp" and even else None
 
         ignored = own if axis == "dp" and world["edp"].size == 1 else None
-        fully_shard(unit, mesh=world.mesh(axis, device), shard_placement_fn=place, ignored_params=ignored)
+        fully_shard(unit, mesh=world.mesh(axis, device.type), shard_placement_fn=place, ignored_params=ignored)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
     for name, parameter in model.named_parameters():
