@@ -30,6 +30,7 @@ if [[ -d $out/checkpoints && " $* " != *" --resume "* ]]; then
   resume=(--resume)
 fi
 
-# exec: signals reach torchrun, which passes them on.
-exec torchrun --standalone --nproc-per-node="$processes" --max-restarts="${MAX_RESTARTS:-3}" \
+# exec: signals reach torchrun, which passes them on. The address: torchrun would wait for ever on a machine whose name does not
+# resolve.
+exec torchrun --standalone --local-addr=127.0.0.1 --nproc-per-node="$processes" --max-restarts="${MAX_RESTARTS:-3}" \
   -m moesaic train "$@" ${resume[@]+"${resume[@]}"}

@@ -143,7 +143,7 @@ def test_local_starts_torchrun(stubs: Path) -> None:
     done = subprocess.run(["bash", LOCAL, "4", "--data", "a.txt", "--ep", "2", "--out", "run"], check=False, timeout=30)
     assert done.returncode == 0
     words = called(stubs)
-    assert words[:3] == ["--standalone", "--nproc-per-node=4", "--max-restarts=3"]
+    assert words[:4] == ["--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=4", "--max-restarts=3"]
     assert words[3:] == ["-m", "moesaic", "train", "--data", "a.txt", "--ep", "2", "--out", "run"]
 
 

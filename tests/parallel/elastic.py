@@ -58,7 +58,7 @@ def launch(
     log: Path,
     *,
     max_restarts: int = 0,
-    options: Sequence[str] = ("--standalone",),
+    options: Sequence[str] = ("--standalone", "--local-addr=127.0.0.1"),
     before: Sequence[str] = (),
     environ: dict[str, str] | None = None,
 ) -> Run:

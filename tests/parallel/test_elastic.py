@@ -91,6 +91,20 @@ def test_ten_kills_at_random_steps_leave_the_losses_of_the_undisturbed_run(tmp_p
         assert re.search(r"Rank [01] (does not answer|has ended)| over saving with ", sentence), sentence
 
 
+@pytest.mark.parametrize("layout", ["fsdp=true", "pp=2", "tp=2"])
+def test_a_killed_rank_is_named_whatever_shares_the_model(tmp_path: Path, layout: str) -> None:
+    out = tmp_path / "run"
+    settings = ["accumulate=2", "checkpoint_every=10000", "parallel.ep=1", f"parallel.{layout}"]
+    run = launch([*real(out, 1000), "--set", *settings], 2, tmp_path / "log")
+    until(lambda: steps_done(out) >= 5, run)
+    os.kill(run.workers()[1], signal.SIGKILL)
+    assert run.wait(60) != 0
+    (sentence,) = sentences(run.said)
+    assert re.match(r"Rank 0: .* (failed|took longer than 5 s)", sentence), sentence
+    assert "Rank 1 does not answer, last heard of " in sentence
+    assert "[rank0]" not in run.said  # a traceback
+
+
 def test_a_stopped_rank_is_named_killed_and_started_again(tmp_path: Path) -> None:
     expected = undisturbed(toy, tmp_path / "undisturbed", 30)
     out = tmp_path / "stopped"

@@ -7,7 +7,9 @@ Traps of torch 2.13 that this project steps around, each seen in ``tests/paralle
 | the store outlives a restart, and new processes read the addresses of dead ones | ``rollcall.py``: keys below a new number |
 | each node counts restarts for itself, so the count is no such number | the same |
 | after a node came back, agents may name two stores | on several nodes, set ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` |
-| the machine's name resolves to a loopback address, or not at all | ``interface_to``: the interface towards the first node |
+| the machine's name resolves to a loopback address | ``interface_to``: gloo gets the interface towards the first node |
+| it does not resolve: torchrun itself waits for ever | start torchrun with ``--local-addr``, as ``runs/`` do on one machine |
+| the first node does not know that it is (the endpoint is not what its name resolves to) | ``--rdzv-conf=is_host=1`` there |
 | ``OMP_NUM_THREADS=1``, whatever the machine | ``threads``: cores divided by processes, unless the user has set it |
 """
 
