@@ -144,7 +144,7 @@ def test_local_starts_torchrun(stubs: Path) -> None:
     assert done.returncode == 0
     words = called(stubs)
     assert words[:4] == ["--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=4", "--max-restarts=3"]
-    assert words[3:] == ["-m", "moesaic", "train", "--data", "a.txt", "--ep", "2", "--out", "run"]
+    assert words[4:] == ["-m", "moesaic", "train", "--data", "a.txt", "--ep", "2", "--out", "run"]
 
 
 @pytest.mark.parametrize("out", [["--out", "run"], ["--out=run"]])
