@@ -93,6 +93,41 @@ def dense_records(
     return records + ([{"kind": "end", "step": steps, "reason": end}] if end else [])
 
 
+def over_processes(records: list[Record], ranks: int, every: int = 0) -> list[Record]:
+    """The same run over so many processes, experts in equal parts; with ``every``, of a rebalancer that claims a fifth."""
+    rng = np.random.default_rng(0)
+    found = []
+    for record in records:
+        if record["kind"] == "run":
+            parallel = {"ep": ranks, "rebalance_every": every}
+            record = record | {"processes": ranks, "layout": f"{ranks} processes: dp {ranks}, ep {ranks}"}
+            record["config"] = record["config"] | {"parallel": parallel}
+            layers = record["layers"]
+        elif record["kind"] == "step":
+            parts = [[int(sum(part)) for part in np.array_split(row, ranks)] for row in record["load"]]
+            mine = ({str(layer): rows[r] for layer, rows in zip(layers, parts, strict=True)} for r in range(ranks))
+            record = record | {"ranks": [entry(rows, 0.9, 0.2 + 0.1 * float(rng.random()), 0.1) for rows in mine]}
+            if every and record["step"] % every == 0:
+                record["rebalanced"] = [
+                    {"layer": layer, "moved": 2, "bytes": 4096, "rows": 0.8 * max(rows), "rows_before": 1.0 * max(rows)}
+                    for layer, rows in zip(layers, parts, strict=True)
+                ]
+        found.append(record)
+    return found
+
+
+def entry(rows: dict[str, int], step_s: float, all_to_all_s: float, collective_s: float) -> Record:
+    """One process of a step; 1000 bytes for every row."""
+    return {
+        "rows": rows,
+        "step_s": step_s,
+        "all_to_all_s": all_to_all_s,
+        "collective_s": collective_s,
+        "all_to_all_bytes": 1000 * sum(rows.values()),
+        "collective_bytes": 5000,
+    }
+
+
 def header_record(model: str, layers: tuple[int, ...], experts: tuple[int, ...], domains: tuple[str, ...]) -> Record:
     moe = {"experts": max(experts), "k": 2, "router": "topk"} if experts else None
     return {

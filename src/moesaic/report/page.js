@@ -153,8 +153,8 @@
       const code = ALPHABET.indexOf(data.domain.layers[layer].h[row * data.load.layers[layer].e + column]);
       say(event, `${data.domain.names[row]} → expert ${column}`, [ratio(code)]);
     } else if (kind === "ranks") {
-      const { names, layers, rows, mean } = data.ranks, value = rows[row][column];
-      say(event, `${names[column]}, layer ${layers[row]}`, value === null ? ["has not this layer"] :
+      const { layers, rows, mean } = data.ranks, value = rows[row][column];
+      say(event, `Rank ${column}, layer ${layers[row]}`, value === null ? ["has not this layer"] :
         [`${big(value)} rows per step`, `${(value / mean[row]).toFixed(2)}× the mean`]);
     } else {
       say(event, `Expert ${column}`, data.domain.names.map((name, d) =>

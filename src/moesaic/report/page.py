@@ -73,14 +73,9 @@ def render(runs: dict[str, Run], summary: dict[str, Any], title: str) -> str:
         parts.append(("load", "Load", section("load", "Load per expert", lead, load_section(sparse, data))))
         lead = "The vital signs of the routers, per layer. Pick a layer above to single it out."
         parts.append(("routers", "Routers", section("routers", "Router health", lead, panel_section(sparse, data))))
-    for run in runs.values():
-        if final := run.final_ranks():
-            lead = (
-                f"{run.layout or text.plural(run.processes, 'process')}. A layer is done when its busiest process is."
-            )
-            html = section("processes", "Processes", lead, process_section(run, final, data))
-            parts.append(("processes", "Processes", html))
-            break
+    shared = next((run for run in runs.values() if run.final_ranks()), None)
+    if shared:
+        parts.append(("processes", "Processes", process_section(shared, data)))
     if sparse and sparse.domain_load:
         parts.append(
             ("experts", "Experts", section("experts", "Domains and experts", "", domain_section(sparse, data)))
@@ -92,7 +87,7 @@ def render(runs: dict[str, Run], summary: dict[str, Any], title: str) -> str:
     if samples:
         parts.append(("samples", "Samples", samples))
     parts.append(("config", "Configuration", config_section(runs, summary)))
-    parts.append(("glossary", "Glossary", glossary_section(text.PROCESS_TERMS if "ranks" in data else ())))
+    parts.append(("glossary", "Glossary", glossary_section(text.PROCESS_TERMS if shared else ())))
     name = escape(title if len(runs) > 1 else main.name or title)
     sources = ", ".join(f"{r.folder.name}/metrics.jsonl" for r in runs.values())
     return assemble(name, hero(runs, summary, name), parts, data, sources, layer_picker(sparse))
