@@ -39,13 +39,16 @@ class ParallelConfig:
         schedule, stages_per_rank: of the pipeline; "interleaved" gives every rank several stages, 2 or more.
         exchange: "flat" all-to-all, or "hierarchical": within nodes, then between them.
         ranks_per_node: processes of one node, for "hierarchical"; None is what torchrun says (LOCAL_WORLD_SIZE).
-        chunks: pieces an exchange is cut into, so that one travels while another is computed; 1 is none.
+        chunks: pieces a flat exchange is cut into, so that one travels while another is computed; 1 is none, and more than a
+            rank has slots are as many as it has.
         padded: exchange equal numbers of rows per expert, as many as the fullest has anywhere; a run needs a capacity for it.
         replicas: spare slots per layer for copies of busy experts.
         rebalance_every: steps between looks at the load that may move experts; 0 never.
         shadow: hold the busiest experts everywhere for one step where that saves traffic (FasterMoE).
         compile: compile the dense parts of every block with ``torch.compile``.
         timeout_s: a collective that takes longer ends the run in words.
+        consolidate: when the run ends, its first process makes the newest and the best checkpoint whole, which takes the disk
+            as much again for a while; false leaves them in parts, which any number of processes can go on with.
     """
 
     ep: int = 1
@@ -64,6 +67,7 @@ class ParallelConfig:
     shadow: bool = False
     compile: bool = False
     timeout_s: float = 600.0
+    consolidate: bool = True
 
     def __post_init__(self) -> None:
         for name in ("ep", "tp", "pp", "stages_per_rank", "chunks"):
@@ -100,6 +104,10 @@ class ParallelConfig:
         if self.shadow and self.replicas:
             raise ConfigError(
                 "parallel.shadow and parallel.replicas both copy busy experts; choose one of them, the other stays 0 or false."
+            )
+        if self.exchange == "hierarchical" and self.chunks > 1:
+            raise ConfigError(
+                f'parallel.chunks={self.chunks} cuts the flat exchange; with exchange="hierarchical" it must be 1.'
             )
         if self.padded and self.chunks > 1:
             raise ConfigError("parallel.chunks cuts exchanges of as many rows as there are; with padded it must be 1.")

@@ -181,14 +181,32 @@ def _check_batch(model: ModelConfig, layout: Layout, batch_size: int) -> None:
         )
 
 
-def check_router(model: ModelConfig, dp: int) -> None:
-    """Raises ``ConfigError`` for a router that looks at other sequences, where they lie on other ranks."""
+def check_router(model: ModelConfig, dp: int) -> str | None:
+    """``check_spread`` of the model's router: a sentence where ranks equal one process in distribution only.
+
+    Raises ``ConfigError`` for a router that looks at other sequences, where they lie on other ranks.
+    """
     if model.moe is None or dp == 1:
-        return
+        return None
     with torch.device("meta"):
         sparse = build_ffn(model, model.moe_layers[0])
     assert isinstance(sparse, MoE)
-    check_spread(sparse.router, model.moe.router.name, dp)
+    return check_spread(sparse.router, model.moe.router.name, dp)
+
+
+def in_distribution(model: ModelConfig, layout: Layout) -> list[str]:
+    """What is drawn at random so that this layout equals one process in distribution only, as sentences for the user."""
+    moe, parts = model.moe, layout.dp * layout.pp  # parts of the batch and stages draw their own numbers
+    if moe is None or parts == 1:
+        return []
+    found = [check_router(model, parts)]
+    if moe.expert_dropout:
+        found.append(f"expert_dropout={moe.expert_dropout} drops other units than one process would.")
+    if moe.expert_masking and layout.pp > 1:
+        found.append(f"expert_masking={moe.expert_masking} masks other experts on later stages than one process would.")
+    if moe.capacity is not None and moe.capacity.priority == "random":
+        found.append('capacity.priority="random" lets other rows go first than one process would.')
+    return [sentence for sentence in found if sentence is not None]
 
 
 def _check_nodes(parallel: ParallelConfig, layout: Layout) -> None:

@@ -56,6 +56,12 @@ def measured(path: Path) -> Load:
 
     Raises ``DataError`` for a folder without plans; asking for a layer or a number of experts it lacks raises ``ConfigError``.
     """
+    parts = sorted(path.glob("rank-*")) if path.is_dir() else []
+    if parts:
+        raise DataError(
+            f"{path} holds the traces of {len(parts)} processes, each of its own share of the rows and its own layers; name "
+            f"one, for example {parts[0]}."
+        )
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files:
         raise DataError(f"There are no routing plans in {path}; train with trace_every to store some.")

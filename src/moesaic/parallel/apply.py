@@ -155,7 +155,7 @@ def apply(
         recompute(model)
     slice_dispatch(model, world["tp"], world["etp"])
     if config.compile:
-        _compile(model)
+        compile_dense(model)
     if ranges:
         spread.pipeline = Pipeline(model, ranges, world["pp"])
     if config.fsdp:
@@ -189,7 +189,8 @@ def make_path(world: World, placement: Placement) -> FlatPath | TwoLevelPath:
     return FlatPath(world["ep"], placement.slots_per_rank)
 
 
-def _compile(model: Decoder) -> None:
+def compile_dense(model: Decoder) -> None:
+    """Compile attention, dense and shared feed-forward modules; an exchange asks the host for numbers, which no graph holds."""
     for _, block in model.layers():
         attention: Any = block.attention
         attention.compile()
@@ -207,6 +208,7 @@ def _shard(spread: Spread, device: torch.device) -> None:
     units: list[tuple[Any, Axis]] = []
     # Experts without copies stay whole; blocks must not shard them over dp.
     own = {p for layer in model.moe_layers().values() for p in stack_of(layer).parameters()}
+    scalars = {p for p in model.parameters() if not p.dim()}  # FSDP takes none; they are summed like unsharded ones
     for _, block in model.layers():
         if isinstance(block.ffn, MoE):
             units.append((stack_of(block.ffn), "edp"))
@@ -225,7 +227,7 @@ def _shard(spread: Spread, device: torch.device) -> None:
             even = parameter.dim() > 1 and parameter.shape[1] % size == 0
             return Shard(1) if axis == "edp" and even else None
 
-        ignored = own if axis == "dp" and world["edp"].size == 1 else None
+        ignored = scalars | (own if axis == "dp" and world["edp"].size == 1 else set())
         fully_shard(unit, mesh=world.mesh(axis, device.type), shard_placement_fn=place, ignored_params=ignored)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)

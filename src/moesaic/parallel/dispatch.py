@@ -161,20 +161,21 @@ class ExchangeDispatch:
         assert isinstance(self.path, FlatPath)
         per_rank, starts = self.placement.slots_per_rank, self.placement.first_slots
         pieces = []
+        chunks = min(self.chunks, max(per_rank))  # more would be empty
         piece_S = torch.zeros_like(counts_S)
-        for c in range(self.chunks):
+        for c in range(chunks):
             for rank, n in enumerate(per_rank):
-                piece_S[starts[rank] + c * n // self.chunks : starts[rank] + (c + 1) * n // self.chunks] = c
+                piece_S[starts[rank] + c * n // chunks : starts[rank] + (c + 1) * n // chunks] = c
         row_piece_N = torch.repeat_interleave(piece_S, counts_S).to(x_ND.device)
         order = torch.argsort(row_piece_N, stable=True)
-        sizes = torch.zeros(self.chunks, dtype=torch.int64).index_add(0, piece_S, counts_S).tolist()
+        sizes = torch.zeros(chunks, dtype=torch.int64).index_add(0, piece_S, counts_S).tolist()
         parts = _permuted(x_ND, order).split(sizes)
         trips = [self.path.trip(torch.where(piece_S == c, counts_S, 0)) for c in range(self.chunks)]
         self._count(*trips)
         other = None
         flying = trips[0].begin(parts[0])
         for c, trip in enumerate(trips):
-            following = trips[c + 1].begin(parts[c + 1]) if c + 1 < self.chunks else None
+            following = trips[c + 1].begin(parts[c + 1]) if c + 1 < chunks else None
             if c == 0 and beside is not None:
                 other = beside()
             arrived_MD = trip.end(*flying)
