@@ -20,13 +20,12 @@ import torch
 
 from moesaic.checkpoint.atomic import atomic_file
 from moesaic.config import to_dict
-from moesaic.cost.check_layout import check_layout
+from moesaic.cost.check_layout import check_layout, in_distribution
 from moesaic.data.corpus import Corpus
 from moesaic.data.packing import Batch, PackedRows
 from moesaic.errors import ConfigError, disk_errors
 from moesaic.infer.domains import routers_by_task
 from moesaic.infer.generate import generate
-from moesaic.models.build import build_model
 from moesaic.models.decoder import Decoder
 from moesaic.parallel.moves import ExpertMoves
 from moesaic.parallel.start import Started
@@ -107,6 +106,8 @@ class _Run:
         self.team = Team(here, config.parallel, say or (lambda _: None))
         self.show_progress = show_progress and self.team.first
         self.say, self.device = self.team.say, self.team.device
+        for sentence in in_distribution(config.model, self.team.layout):
+            self.say(f"Equal to one process in distribution only: {sentence}")
         self.feed = corpus.feed(config.seq_len, config.batch_size, config.accumulate, config.seed)
         self.val_rows = PackedRows(corpus.val, config.seq_len)
         self.val_indices = evenly(self.val_rows, config.eval_rows)
@@ -129,16 +130,17 @@ class _Run:
     # ---- before the first step ---------------------------------------------------------------------------------
 
     def _build(self, found: Found | None) -> Decoder:
-        """The model, spread over the processes, and its optimiser."""
+        """The model, or the part of it that is here, and its optimiser."""
         torch.manual_seed(self.config.seed)
-        model = build_model(self.config.model).to(self.device)
+        recompute = recompute_activations if self.config.recompute else None
+        placements = None if found is None else self.keeper.placements(found)
+        model, self.spread = self.team.build(self.config.model, recompute, placements)
         if self.config.dtype == "bf16":
             model.compute_dtype = torch.bfloat16
         if found is None:
-            fit_routers(model, self.corpus.train, self.say)
-        self.described = run_record(self.config, model, self.folder, self.name, self.corpus.labels, self.team)
-        recompute = recompute_activations if self.config.recompute else None
-        self.spread = self.team.spread(model, recompute, None if found is None else self.keeper.placements(found))
+            # Together, because stages without a sparse layer have nothing to find wrong.
+            self.team.together(lambda: fit_routers(model, self.corpus.train, self.say), "the routers' tables")
+        self.described = run_record(self.config, self.folder, self.name, self.corpus.labels, self.team)
         self.optimizer = make_optimizer(model, self.config.optim)
         self.moves = ExpertMoves(self.spread)
         # Noise drawn while training must not depend on how many numbers initialisation used.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moesaic.config import to_dict
 from moesaic.cost.count import count_parameters
-from moesaic.models.decoder import Decoder
+from moesaic.models.build import build_model
 from moesaic.parallel.apply import Spread
 from moesaic.plan.read import num_logged
 from moesaic.train.config import TrainConfig
@@ -21,10 +21,9 @@ from moesaic.train.result import RunState
 from moesaic.train.team import Team
 
 
-def run_record(
-    config: TrainConfig, model: Decoder, folder: Path, name: str, domains: tuple[str, ...], team: Team
-) -> dict[str, Any]:
-    """What a run is. ``model`` is whole."""
+def run_record(config: TrainConfig, folder: Path, name: str, domains: tuple[str, ...], team: Team) -> dict[str, Any]:
+    """What a run is."""
+    model = build_model(config.model, device="meta")  # whole, where this process may hold a part
     sparse = model.moe_layers()
     counts = count_parameters(model)
     return {

@@ -15,9 +15,12 @@ import torch
 import torch.distributed as dist
 
 from moesaic.layout import Layout, ParallelConfig
+from moesaic.models.build import build_model
+from moesaic.models.config import ModelConfig
 from moesaic.models.decoder import Decoder
 from moesaic.parallel.agree import Agreement
-from moesaic.parallel.apply import Spread, apply
+from moesaic.parallel.apply import Spread, apply, compile_dense
+from moesaic.parallel.build import build_spread
 from moesaic.parallel.comm import Group
 from moesaic.parallel.layers import name_layers
 from moesaic.parallel.start import Started
@@ -67,16 +70,36 @@ class Team:
         """How many parts there are."""
         return self.layout.dp
 
+    def build(
+        self,
+        config: ModelConfig,
+        recompute: Callable[[Decoder], None] | None,
+        placements: dict[int, Placement] | None = None,
+    ) -> tuple[Decoder, Spread | None]:
+        """A new model, drawn from the random state as it is, on this process's device: all of it in a run of one process, else
+        the part that is here, without ever holding the whole.
+        """
+        if self.world is None:
+            model = build_model(config).to(self.device)
+            return model, self.spread(model, recompute)
+        spread = build_spread(
+            config, self.world, self.config, device=self.device, recompute=recompute, placements=placements
+        )
+        name_layers(spread.model, self.world.watch)
+        return spread.model, spread
+
     def spread(
         self,
         model: Decoder,
         recompute: Callable[[Decoder], None] | None,
         placements: dict[int, Placement] | None = None,
     ) -> Spread | None:
-        """The model over all processes, in place; None (and the model recomputing) in a run of one."""
+        """A whole model over all processes, in place; None (and the model recomputing) in a run of one."""
         if self.world is None:
             if recompute is not None:
                 recompute(model)
+            if self.config.compile:
+                compile_dense(model)
             return None
         spread = apply(model, self.world, self.config, recompute=recompute, placements=placements)
         name_layers(model, self.world.watch)
@@ -94,6 +117,10 @@ class Team:
     def all_values(self, value: Any, what: str) -> list[Any]:
         """What every process says, JSON data."""
         return [value] if self.world is None else self.world.everyone.values(value, what=what, device=self.device)
+
+    def together(self, work: Callable[[], T], what: str) -> T:
+        """What ``work`` gives on every process; an error of one is one of all, in the same words."""
+        return work() if self.world is None else together(self.world.everyone, what, work)
 
     def from_first(self, work: Callable[[], T], what: str) -> T:
         """What ``work`` gives on the first process, JSON data, to all; an error there is one of all, in the same words."""
