@@ -37,6 +37,8 @@ def prefer_huge(tensor: Tensor, written: bool = False) -> Tensor:
     madvise = _madvise()
     if madvise is None or size < _LEAST or tensor.device.type != "cpu" or tensor.is_meta:
         return tensor
+    if not tensor.data_ptr():  # FSDP's: the numbers lie in a tensor inside
+        return tensor
     first = -(-tensor.data_ptr() // 4096) * 4096
     length = (tensor.data_ptr() + size) // 4096 * 4096 - first
     if madvise(first, length, _HUGEPAGE) == 0 and written:
