@@ -153,7 +153,7 @@ def test_a_sample_for_routers_that_count(folder: Path, monkeypatch: pytest.Monke
 def test_a_stream_with_nothing_to_hold_out_says_so(tmp_path: Path) -> None:
     write_shards(tmp_path, [[text for text in SHARDS[0] if not held_out(text)]])
     with pytest.raises(
-        DataError, match=r"none of its documents was held out for validation.* data.document=paragraphs"
+        DataError, match=r"too few documents to hold some out for validation.* data.document=paragraphs"
     ):
         load_corpus(config(tmp_path), tokenizer=tokenizer())
 
@@ -164,7 +164,7 @@ def test_whole_texts_and_paragraphs_stream_too(tmp_path: Path) -> None:
     feed = feed_of(tmp_path, 2, 1, document="paragraphs", lanes=2, shuffle=1)
     batch = feed.next_step()[0]
     assert tokenizer().decode(batch.ids_BS[0].tolist()).startswith("A para")
-    with pytest.raises(DataError, match="held out"):  # all paragraphs are alike, so all are on one side
+    with pytest.raises(DataError, match="hold some out"):  # all paragraphs are alike, so all are on one side
         load_corpus(replace(wanted, val_fraction=1e-9), tokenizer=tokenizer())
 
 
