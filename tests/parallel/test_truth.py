@@ -112,6 +112,11 @@ SETTINGS: dict[str, tuple[int, Case]] = {
     "scope global batch, pp2 x ep2": (4, Case("", Of(pp=2, ep=2), {"loss_scope": "global_batch"}, accumulate=3)),
     "hash router": (2, Case("", EP, {"losses": {}}, router_name="hash")),
     "expert choice": (2, Case("", EP, router={"group": "sequence"}, router_name="expert_choice")),
+    "soft, fsdp2": (
+        2,
+        Case("", Of(fsdp=True), {"losses": {}}, router_name="soft_moe"),
+    ),  # a parameter without dimensions
+    "more chunks than slots": (2, Case("", Of(ep=2, chunks=9))),
     "soft": (4, Case("", Of(ep=4), {"losses": {}}, router_name="soft_moe")),
     "top-p": (2, Case("", EP, router_name="top_p")),
     "dense first, tp2": (2, Case("", Of(tp=2, ep=2), {"dense_first": 1})),

@@ -170,7 +170,7 @@ class ExchangeDispatch:
         order = torch.argsort(row_piece_N, stable=True)
         sizes = torch.zeros(chunks, dtype=torch.int64).index_add(0, piece_S, counts_S).tolist()
         parts = _permuted(x_ND, order).split(sizes)
-        trips = [self.path.trip(torch.where(piece_S == c, counts_S, 0)) for c in range(self.chunks)]
+        trips = [self.path.trip(torch.where(piece_S == c, counts_S, 0)) for c in range(chunks)]
         self._count(*trips)
         other = None
         flying = trips[0].begin(parts[0])
