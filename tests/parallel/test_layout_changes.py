@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moesaic.checkpoint.parts import is_sharded
 from moesaic.checkpoint.shards import find_tensors, read_tensors
 from moesaic.layout import ParallelConfig as Of
 from moesaic.parallel.gradients import local
@@ -18,7 +19,6 @@ from moesaic.parallel.watch import Watch
 from moesaic.train.config import TrainConfig
 from moesaic.train.keeper import Found, Keeper, held_tensors
 from moesaic.train.optim import OptimConfig, make_optimizer
-from moesaic.train.sharded.checkpoint import is_sharded
 from moesaic.train.sharded.consolidate import consolidate
 from moesaic.train.step import train_step
 from moesaic.train.team import Team

@@ -22,6 +22,7 @@ from torch import nn
 
 from moesaic.checkpoint.aside import open_aside, write_aside
 from moesaic.checkpoint.atomic import MANIFEST, atomic_folder, settle, verify_folder
+from moesaic.checkpoint.parts import refuse_sharded
 from moesaic.checkpoint.shards import (
     MAX_SHARD_BYTES,
     TensorInfo,
@@ -189,11 +190,16 @@ class Opened:
     model: Decoder
 
 
-def open_model(folder: str | os.PathLike[str], verify: bool = True) -> Opened:
-    """Check a model directory against its config and, with ``verify``, its manifest; raises as ``load_model`` does."""
+def open_model(
+    folder: str | os.PathLike[str], verify: bool = True, infos: dict[str, TensorInfo] | None = None
+) -> Opened:
+    """Check a model directory against its config and, with ``verify``, its manifest; raises as ``load_model`` does.
+
+    ``infos``: the stored tensors, of a folder whose files the caller has checked and reads itself.
+    """
     folder = settle(folder)
     config, source = _read_config(folder, ModelConfig)
-    infos = _checked_tensors(folder, verify)
+    infos = _checked_tensors(folder, verify) if infos is None else infos
     if config.num_layers > len(infos):  # before building thousands of empty layers
         raise CheckpointError(
             f"{folder} has {len(infos)} tensors, too few for the {config.num_layers} layers of its config."
@@ -265,6 +271,7 @@ def read_header(folder: str | os.PathLike[str]) -> dict[str, TensorInfo]:
     folder = settle(folder)
     if folder.is_dir():
         refuse_pickle(folder)
+    refuse_sharded(folder)
     return find_tensors(folder, "model")
 
 
@@ -279,6 +286,7 @@ def config_differences(theirs: Any, ours: Any, where: str = "") -> list[str]:
 
 def _checked_tensors(folder: Path, verify: bool) -> dict[str, TensorInfo]:
     """The headers of the model's tensors; with ``verify`` only of files that match the manifest."""
+    refuse_sharded(folder)
     listed = verify_folder(folder) if verify else None
     infos = find_tensors(folder, "model")
     if listed is not None and "config.json" not in listed:

@@ -13,22 +13,35 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from tyro.conf import Positional, arg
 
+from moesaic.checkpoint.native import open_model
+from moesaic.checkpoint.parts import is_sharded
 from moesaic.commands.output import Json, console_for, print_json, sayer
 from moesaic.convert.convert import plan_conversion, run_plan
 from moesaic.convert.coverage import size_in_words
 from moesaic.convert.hub import resolve
+from moesaic.convert.read import is_foreign
+from moesaic.convert.source import Source, native_source
 from moesaic.errors import ConfigError
+from moesaic.train.sharded.checkpoint import open_sharded
+from moesaic.train.sharded.consolidate import stream_tensors
+from moesaic.train.snapshot import find_model_folder
 
 
 def convert(
     source: Annotated[
         Positional[str],
-        arg(metavar="SOURCE", help="Hugging Face folder, moesaic folder, or OWNER/NAME[@REVISION] on the hub."),
+        arg(
+            metavar="SOURCE",
+            help="Hugging Face folder, moesaic folder, run (its best checkpoint), or OWNER/NAME[@REVISION] on the hub.",
+        ),
     ],
     target: Annotated[Positional[Path], arg(metavar="TARGET", help="Folder to write; for gguf a file.")],
     to: Annotated[
         Literal["moesaic", "hf", "gguf"] | None,
-        arg(help="What to write.", help_behavior_hint="(default: moesaic; of a moesaic folder hf)"),
+        arg(
+            help="What to write.",
+            help_behavior_hint="(default: moesaic; of a moesaic folder hf, unless it is in parts)",
+        ),
     ] = None,
     dtype: Annotated[
         Literal["fp32", "bf16", "fp16"] | None,
@@ -62,22 +75,25 @@ def convert(
     """Convert a checkpoint: Hugging Face to moesaic and back, other dtypes and layouts, GGUF for llama.cpp.
 
     Every tensor and config key is accounted for before anything is written. One layer's experts are in memory at a time. A
-    conversion that was killed goes on where it stopped when the same command is given again.
+    conversion that was killed goes on where it stopped when the same command is given again. A checkpoint that lies in
+    parts, as several processes write it, is read from these.
 
     Examples:
       moesaic convert mixtral-hf mixtral --report
       moesaic convert mistralai/Mixtral-8x7B-v0.1 mixtral --dtype bf16
       moesaic convert mixtral mixtral-hf --to hf --layout stacked
-      moesaic convert runs/books/best books.gguf --to gguf --type q8_0
+      moesaic convert runs/books books.gguf --to gguf --type q8_0
+      moesaic convert runs/books/checkpoints/step-00000100 books-100
       moesaic convert mixtral-hf out --dry-run --report --json
     """
     if not 0 < shard_gb < 1e9:
         raise ConfigError(f"--shard-gb must be positive, not {shard_gb}.")
     console = console_for(json)
     say = sayer(console)
-    plan = plan_conversion(
-        resolve(source), target, to, dtype, family, layout, max(1, int(shard_gb * 1e9)), verify=not no_verify
-    )
+    opened = _opened(resolve(source), not no_verify)
+    if isinstance(opened, Source) and to is None:
+        to = "hf" if family or layout else "moesaic"
+    plan = plan_conversion(opened, target, to, dtype, family, layout, max(1, int(shard_gb * 1e9)), verify=not no_verify)
     if report and not json:
         for line in plan.source.coverage.lines(names=True):
             say(line)
@@ -94,6 +110,17 @@ def convert(
         for line in done.lines():
             say(line)
     return 0
+
+
+def _opened(source: Path, verify: bool) -> Path | Source:
+    """The folder meant; one that lies in parts opened, to be read one tensor at a time, each against its fingerprint."""
+    if source.is_dir() and not is_foreign(source):
+        source = find_model_folder(source)
+    if not is_sharded(source):
+        return source
+    checkpoint = open_sharded(source, (0, 1) if verify else None)
+    opened = open_model(checkpoint.folder, infos=checkpoint.model)
+    return native_source(opened, lambda name: next(stream_tensors(checkpoint, [name]))[1])
 
 
 @contextmanager

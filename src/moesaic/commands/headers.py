@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from moesaic.checkpoint.untrusted import read_json
 from moesaic.cost.count import stored_elements
 from moesaic.errors import CheckpointError
 from moesaic.models import Decoder, ModelConfig
+from moesaic.train.sharded.checkpoint import ShardedCheckpoint, open_sharded
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp8"}
 
@@ -41,6 +42,7 @@ class Headers:
         numbers: the model's, quantised ones counted as what they stand for, a tied head once.
         expected: what the config asks for, buffers that are saved included.
         aside: numbers that are no part of the model (multi-token prediction).
+        saved_by: of a checkpoint in parts the processes that wrote it, else empty.
     """
 
     folder: Path
@@ -51,6 +53,7 @@ class Headers:
     numbers: int
     expected: int
     aside: int
+    saved_by: str = ""
 
     @property
     def matches(self) -> bool:
@@ -74,6 +77,7 @@ class Headers:
             "expected": self.expected,
             "aside": self.aside,
             "matches": self.matches,
+            "saved_by": self.saved_by or None,
         }
 
 
@@ -88,6 +92,13 @@ def has_weights(folder: Path) -> bool:
 def native_infos(folder: Path, config: ModelConfig) -> dict[str, TensorInfo]:
     """The headers of a folder of ours."""
     return _enough(read_header(folder), folder, config)
+
+
+def sharded_parts(folder: Path, config: ModelConfig) -> ShardedCheckpoint:
+    """The table of a checkpoint in parts."""
+    parts = open_sharded(folder, None)
+    _enough(parts.model, folder, config)
+    return parts
 
 
 def foreign_infos(folder: Path, config: ModelConfig) -> dict[str, TensorInfo]:
@@ -105,6 +116,14 @@ def native_headers(folder: Path, infos: dict[str, TensorInfo], model: Decoder) -
         sum(i.numel for i in aside.values()),
         stored_elements(model),
     )
+
+
+def sharded_headers(parts: ShardedCheckpoint, model: Decoder) -> Headers:
+    """Of a checkpoint in parts; training state is not counted."""
+    entries = [entry for name in parts.model for entry in parts.tensors[name].entries(name)]
+    files = {file for entry in entries for _, file in parts.entries[entry].pieces}
+    found = native_headers(parts.folder, parts.model, model)
+    return replace(found, files=len(files), saved_by=parts.layout or f"{parts.world} processes")
 
 
 def foreign_headers(folder: Path, infos: dict[str, TensorInfo], model: Decoder) -> Headers:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from moesaic.checkpoint.native import load_config
+from moesaic.checkpoint.parts import is_sharded
 from moesaic.checkpoint.shards import TensorInfo
 from moesaic.commands.headers import (
     Headers,
@@ -18,6 +19,8 @@ from moesaic.commands.headers import (
     has_weights,
     native_headers,
     native_infos,
+    sharded_headers,
+    sharded_parts,
 )
 from moesaic.commands.info_tables import show_model, show_names
 from moesaic.commands.options import at_least, whole_number
@@ -33,7 +36,7 @@ from moesaic.errors import ConfigError, nearest
 from moesaic.models import Decoder, ModelConfig
 from moesaic.models.presets import PRESETS, preset
 from moesaic.settings import shape
-from moesaic.train.snapshot import resolve_model_folder
+from moesaic.train.snapshot import find_model_folder
 
 _CONTEXT = 4096
 _ESTIMATES: tuple[Format, ...] = ("bf16", "fp8", "int4")
@@ -189,8 +192,12 @@ def _decoder(target: str, name: str | None) -> tuple[ModelConfig, Decoder, Heade
         data = load_config_file(path)
         config = from_dict(ModelConfig, data.get("model", data), where="model")
         return config, shape(config), None
-    folder = resolve_model_folder(path)
+    folder = find_model_folder(path)
     config = load_config(folder)
+    if is_sharded(folder):
+        parts = sharded_parts(folder, config)
+        model = shape(config)
+        return config, model, sharded_headers(parts, model)
     infos = native_infos(folder, config) if has_weights(folder) else None
     model = shape(config)
     return config, model, None if infos is None else native_headers(folder, infos, model)

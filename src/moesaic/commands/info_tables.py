@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from moesaic.checkpoint.parts import to_make_whole
 from moesaic.commands.headers import Headers
 from moesaic.cost.sizes import STORAGE
 
@@ -146,6 +147,8 @@ def _say_checkpoint(held: Headers) -> None:
     if not held.matches:
         more = held.numbers - held.expected
         print(f"! {abs(more):,} numbers too {'many' if more > 0 else 'few'}: this config is not that of these weights.")
+    if held.saved_by:
+        print(f"In parts, as written by {held.saved_by}; make it one with: {to_make_whole(held.folder)}")
     if held.aside:
         print(f"Kept aside, no part of the model: {held.aside:,} numbers.")
 

@@ -17,8 +17,9 @@ from moesaic.commands.output import Json, Overrides, console_for, print_json, sa
 from moesaic.config import load_config_file, to_dict
 from moesaic.cost.check_layout import check_layout
 from moesaic.data.corpus import Corpus, load_corpus
-from moesaic.errors import ConfigError
+from moesaic.errors import ConfigError, MoesaicError
 from moesaic.parallel.start import Started, start_processes
+from moesaic.parallel.torchrun import tell_torchrun
 from moesaic.quickstart import show_comparison
 from moesaic.report.page import write_report
 from moesaic.settings import merge, override, refuse_taken, saved_run
@@ -27,6 +28,7 @@ from moesaic.train.loop import TrainResult, fit_vocabulary, run_training
 from moesaic.train.recipes import RECIPES
 from moesaic.train.resume import check_run, saved_tokenizer
 from moesaic.train.sharded.agree import first_says
+from moesaic.train.sharded.finish import consolidate_run
 from moesaic.train.stop import StopRequest
 from moesaic.train.team import everyone_of, in_turn
 from moesaic.twins import run_twins
@@ -70,12 +72,17 @@ def train(
 
     Under torchrun the processes share the model and every batch; the result is that of one process. What is left after dp =
     processes / (pp * tp) parts of the batch follows from their number; more of it in --set parallel.NAME=VALUE, checked
-    beforehand by moesaic plan-layout. A run that torchrun starts again goes on from its last checkpoint.
+    beforehand by moesaic plan-layout. A run that torchrun starts again goes on from its last checkpoint. At its end the newest
+    and the best checkpoint, written in parts, become whole (--set parallel.consolidate=false leaves them to moesaic convert).
     """
     axes = {"ep": ep, "tp": tp, "pp": pp, "fsdp": fsdp or None}
     overrides = (*set_, *(f"parallel.{name}={to_text(value)}" for name, value in axes.items() if value is not None))
     asked = _Asked(data, out, config, recipe, steps, seed, overrides, twin)
-    run, _ = asked.settle(resume)
+    try:
+        run, _ = asked.settle(resume)
+    except MoesaicError as error:
+        tell_torchrun(str(error))
+        raise
     if twin and "WORLD_SIZE" in os.environ and os.environ["WORLD_SIZE"] != "1":
         raise ConfigError("--twin trains two models for a comparison in one process; leave it out under torchrun.")
     with start_processes(run.parallel.timeout_s) as here:
@@ -87,7 +94,10 @@ def train(
             run, _ = asked.settle(resume)
         console = console_for(json)
         say = sayer(console) if here.rank == 0 else _silent
-        return _train(asked, resume, json, here, say)
+        status = _train(asked, resume, json, here, say)
+    if here.rank == 0 and run.parallel.consolidate and not twin:  # the others have left, and no collective waits
+        consolidate_run(out, say)
+    return status
 
 
 @dataclass(frozen=True)

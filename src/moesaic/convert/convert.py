@@ -141,7 +141,7 @@ class Report:
 
 
 def plan_conversion(
-    source: Path,
+    source: Path | Source,
     target: Path,
     to: Target | None = None,
     dtype: str | None = None,
@@ -150,15 +150,15 @@ def plan_conversion(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     verify: bool = True,
 ) -> Plan:
-    """Open ``source``, check it, decide everything; see ``convert``. For "gguf" no files are planned."""
+    """Open ``source`` unless it is open, check it, decide everything; see ``convert``. For "gguf" no files are planned."""
     if to is not None:
         one_of("to", to, ("moesaic", "hf", "gguf"))
     if dtype is not None:
         one_of("dtype", dtype, DTYPES)
     if max_shard_bytes < 1:
         raise ConfigError(f"max_shard_bytes must be positive, not {max_shard_bytes}.")
-    _refuse_same(source, target)
-    opened = open_source(source, verify)
+    _refuse_same(source.folder if isinstance(source, Source) else source, target)
+    opened = source if isinstance(source, Source) else open_source(source, verify)
     to = to or ("moesaic" if opened.kind == "hf" else "hf")
     if to != "hf" and (family or layout):
         raise ConfigError(f"family and layout say how a Hugging Face folder is written; the target here is {to}.")

@@ -11,14 +11,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+from moesaic.checkpoint.parts import is_sharded
 from moesaic.errors import CheckpointError, MoesaicError
 
 # What is fetched: weights, settings, tokenizer, templates. Pickles and code never are; "consolidated" and "original" copies of
 # the weights, which some repositories hold as well, would only double the download.
 WANTED = [
-    "config.json", "manifest.json", "generation_config.json", "model*.safetensors", "aside*.safetensors", "*.index.json",
-    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "*.jinja",
-    "chat_template.json",
+    "config.json", "manifest.json", "sharded.json", "generation_config.json", "model*.safetensors", "aside*.safetensors",
+    "*.index.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "tokenizer.model", "*.jinja", "chat_template.json",
 ]  # fmt: skip
 UNWANTED = ["*/*.safetensors", "*/*.json", "*.bin", "*.pt", "*.pth", "*.py", "original/*"]
 _ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
@@ -84,6 +85,11 @@ def _snapshot(repo: str, revision: str | None, download: bool) -> Path:
     except (OSError, getattr(errors, "HTTPError", OSError)) as error:  # connections, time-outs, a full disk
         raise MoesaicError(f"Fetching {name} from the Hugging Face hub failed: {_first_line(error)}.") from error
     found = Path(folder)
+    if is_sharded(found):
+        raise CheckpointError(
+            f"{name} lies in parts, as several processes trained it; ask its owner to make it one with `moesaic convert` and "
+            "to upload that."
+        )
     if not any(os.path.lexists(found / file) for file in ("model.safetensors", "model.safetensors.index.json")):
         raise CheckpointError(
             f"{name} has no safetensors files ({found}); moesaic opens no other, since pickles can run any code."

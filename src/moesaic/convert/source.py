@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moesaic.checkpoint.aside import find_aside
 from moesaic.checkpoint.atomic import settle
-from moesaic.checkpoint.native import open_model, target_dtypes, tied_names
+from moesaic.checkpoint.native import Opened, open_model, target_dtypes, tied_names
 from moesaic.checkpoint.shards import read_tensor
 from moesaic.config import to_dict
 from moesaic.convert.companions import read_companions
@@ -96,9 +96,15 @@ def _foreign(folder: Path) -> Source:
 
 def _native(folder: Path, verify: bool) -> Source:
     opened = open_model(folder, verify)
-    stored = {names[0]: opened.infos[name] for name, names in opened.groups.items()}
+    return native_source(opened, lambda name: read_tensor(opened.infos[name]))
+
+
+def native_source(opened: Opened, load: Callable[[str], Tensor]) -> Source:
+    """A model directory of ours, or what is to be read as one. ``load``: stored name -> tensor, in memory of its own."""
+    folder = opened.folder
+    stored = {names[0]: name for name, names in opened.groups.items()}
     # A tied tensor counts under the first of its names, as tables do; in the order of the model, as from any other source.
-    infos = {names[0]: stored[names[0]] for names in tied_names(opened.model)}
+    infos = {names[0]: opened.infos[stored[names[0]]] for names in tied_names(opened.model)}
     aside = find_aside(folder)
     remembered = opened.model.source
     carried = (remembered or {}).get("config")
@@ -130,7 +136,7 @@ def _native(folder: Path, verify: bool) -> Source:
             aside=tuple(aside),
             aside_parameters=sum(info.numel for info in aside.values()),
         ),
-        load=lambda name, dtype: read_tensor(infos[name]).to(dtype),
+        load=lambda name, dtype: load(stored[name]).to(dtype),
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moesaic.checkpoint.parts import is_sharded
 from moesaic.checkpoint.untrusted import read_json
 from moesaic.data.corpus import Corpus
 from moesaic.errors import CheckpointError, MoesaicError
@@ -28,7 +29,7 @@ from moesaic.parallel.rebalance import saved_placements
 from moesaic.plan.placement import Placement
 from moesaic.train.config import TrainConfig
 from moesaic.train.sharded.background import AsyncSaver, saving_group
-from moesaic.train.sharded.checkpoint import EXTRA, is_sharded
+from moesaic.train.sharded.checkpoint import EXTRA
 from moesaic.train.sharded.entries import Tensors
 from moesaic.train.sharded.optimizer import pack_optimizer
 from moesaic.train.sharded.snapshots import (

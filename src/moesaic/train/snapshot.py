@@ -35,6 +35,7 @@ from moesaic.checkpoint.atomic import (
     verify_folder,
 )
 from moesaic.checkpoint.native import Tokenizer, fill_model_folder, load_into
+from moesaic.checkpoint.parts import refuse_sharded
 from moesaic.checkpoint.shards import find_tensors, read_tensors, write_tensors
 from moesaic.checkpoint.untrusted import read_json, safe_member, show
 from moesaic.errors import CheckpointError
@@ -85,25 +86,35 @@ def save_snapshot(
     return final
 
 
-def latest_snapshot(run_folder: str | os.PathLike[str]) -> Path | None:
-    """The newest snapshot that verifies, or None; each damaged newer one is reported through ``warnings.warn``."""
-    return next(_verified(Path(run_folder) / "checkpoints", only_best=False), None)
+def latest_snapshot(run_folder: str | os.PathLike[str], quick: bool = False) -> Path | None:
+    """The newest snapshot that verifies, or None; each damaged newer one is reported through ``warnings.warn``.
+
+    ``quick``: see ``verify_folder``.
+    """
+    return next(_verified(Path(run_folder) / "checkpoints", only_best=False, quick=quick), None)
 
 
-def best_snapshot(run_folder: str | os.PathLike[str]) -> Path | None:
+def best_snapshot(run_folder: str | os.PathLike[str], quick: bool = False) -> Path | None:
     """The newest snapshot saved with ``is_best`` that verifies, or None; damaged ones are warned about."""
-    return next(_verified(Path(run_folder) / "checkpoints", only_best=True), None)
+    return next(_verified(Path(run_folder) / "checkpoints", only_best=True, quick=quick), None)
 
 
 def newest_snapshots(run_folder: str | os.PathLike[str], count: int) -> list[Path]:
     """The ``count`` newest snapshots that verify, newest first; damaged ones are warned about."""
-    return list(islice(_verified(Path(run_folder) / "checkpoints", only_best=False), count))
+    return list(islice(_verified(Path(run_folder) / "checkpoints", only_best=False, quick=False), count))
 
 
 def resolve_model_folder(path: str | os.PathLike[str]) -> Path:
     """The model directory meant by ``path``: one itself, a run (its best snapshot, else its latest), or a comparison
-    folder (its sparse run). Raises ``CheckpointError`` where there is none.
+    folder (its sparse run). Raises ``CheckpointError`` where there is none, or it lies in parts.
     """
+    folder = find_model_folder(path)
+    refuse_sharded(folder)
+    return folder
+
+
+def find_model_folder(path: str | os.PathLike[str]) -> Path:
+    """As ``resolve_model_folder``, for those who also read one that lies in parts."""
     path = settle(path)
     if not path.exists():
         raise CheckpointError(f"There is nothing at {path}; give a model directory or the folder of a training run.")
@@ -115,10 +126,9 @@ def resolve_model_folder(path: str | os.PathLike[str]) -> Path:
         found = best_snapshot(path) or latest_snapshot(path)
         if found is None:
             raise CheckpointError(f"The training run {path} has no complete checkpoint yet.")
-        _refuse_sharded(found)
         return found
     if (path / "sparse").is_dir():
-        return resolve_model_folder(path / "sparse")
+        return find_model_folder(path / "sparse")
     if (path / "metrics.jsonl").exists():
         raise CheckpointError(f"The training run {path} has no checkpoint yet.")
     if not (path / "config.json").exists():
@@ -138,8 +148,8 @@ def restore_snapshot(
     and the optimizer's groups are checked before anything changes. Raises ``CheckpointError`` saying what differs.
     """
     folder = settle(folder)
+    refuse_sharded(folder)
     verify_folder(folder)
-    _refuse_sharded(folder)
     path = safe_member(folder, "training.json")
     training = read_json(path)
     if training.get("version") != VERSION:
@@ -160,14 +170,6 @@ def restore_snapshot(
         raise CheckpointError(f"{path} was not written by moesaic: its fields do not fit ({error}).") from error
     set_random_states(tensors)
     return {**state, "step": step}
-
-
-def _refuse_sharded(folder: Path) -> None:
-    if (folder / "sharded.json").exists():
-        raise CheckpointError(
-            f"{folder} was saved in parts by several processes; make it one with moesaic.train.sharded.consolidate, or go on "
-            "with it under torchrun."
-        )
 
 
 def random_states() -> dict[str, torch.Tensor]:
@@ -249,12 +251,12 @@ def _training(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _verified(parent: Path, only_best: bool) -> Iterator[Path]:
+def _verified(parent: Path, only_best: bool, quick: bool) -> Iterator[Path]:
     for folder in newest_first(parent):
         if only_best and _training(folder).get("best") is not True:
             continue
         try:
-            verify_folder(folder)
+            verify_folder(folder, quick)
         except CheckpointError as error:
             warnings.warn(f"Passing over the damaged snapshot {folder.name}: {error}", stacklevel=3)
             continue

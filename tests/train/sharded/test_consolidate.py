@@ -15,9 +15,10 @@ from torch import Tensor
 from moesaic.checkpoint.aside import open_aside
 from moesaic.checkpoint.atomic import MANIFEST, verify_folder
 from moesaic.checkpoint.native import load_model, save_model
+from moesaic.checkpoint.parts import is_sharded
 from moesaic.convert.convert import convert
 from moesaic.errors import CheckpointError, MoesaicError
-from moesaic.train.sharded.checkpoint import is_sharded, open_sharded
+from moesaic.train.sharded.checkpoint import open_sharded
 from moesaic.train.sharded.consolidate import consolidate, stream_tensors
 from moesaic.train.sharded.save import save_sharded
 from moesaic.train.sharded.snapshots import model_files

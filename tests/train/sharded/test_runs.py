@@ -17,9 +17,9 @@ from torch import Tensor
 
 from moesaic.checkpoint.atomic import verify_folder
 from moesaic.checkpoint.native import load_model
+from moesaic.checkpoint.parts import is_sharded
 from moesaic.errors import CheckpointError
 from moesaic.train.sharded.background import AsyncSaver, saving_group
-from moesaic.train.sharded.checkpoint import is_sharded
 from moesaic.train.sharded.consolidate import consolidate
 from moesaic.train.sharded.optimizer import merge_optimizers, pack_optimizer
 from moesaic.train.sharded.snapshots import newest_checkpoint, save_sharded_snapshot
@@ -124,7 +124,10 @@ def test_both_forms_are_one_series(tmp_path: Path) -> None:
     assert found is not None
     assert found.name == "step-00000100"
     for call in (lambda: restore_snapshot(found, model, optimizer), lambda: resolve_model_folder(tmp_path)):
-        with pytest.raises(CheckpointError, match="was saved in parts by several processes; make it one with"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"lies in parts of 1 process; make it one with `moesaic convert .*step-00000100 OUT`\.$",
+        ):
             call()
     save_snapshot(tmp_path, 150, model, optimizer, {})
     save(tmp_path, 160, model, part_of(model, optimizer, "one", 0), everyone(), keep_last=2)

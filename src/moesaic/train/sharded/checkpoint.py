@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.checkpoint.atomic import settle, verify_folder
+from moesaic.checkpoint.parts import FILE
+from moesaic.checkpoint.shards import TensorInfo
 from moesaic.checkpoint.stream import DTYPES
 from moesaic.checkpoint.untrusted import read_json, safe_member, show
 from moesaic.errors import CheckpointError
@@ -29,7 +31,6 @@ from moesaic.train.sharded.entries import Whole
 from moesaic.train.sharded.metadata import Stored, read_metadata
 from moesaic.train.sharded.storage import Shards
 
-FILE = "sharded.json"
 EXTRA = "training.json"
 VERSION = 1
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -60,10 +61,15 @@ class ShardedCheckpoint:
         """Where each entry lies."""
         return self.shards.stored
 
-
-def is_sharded(folder: str | os.PathLike[str]) -> bool:
-    """Whether a checkpoint is one of these and not of the single-file form."""
-    return (Path(folder) / FILE).is_file()
+    @property
+    def model(self) -> dict[str, TensorInfo]:
+        """The model's tensors, without training state, as headers would tell them; they lie whole in no file."""
+        file = self.folder / FILE
+        return {
+            name: TensorInfo(whole.dtype, whole.shape, file, 0)
+            for name, whole in self.tensors.items()
+            if "/" not in name
+        }
 
 
 def open_sharded(folder: str | os.PathLike[str], share: tuple[int, int] | None = (0, 1)) -> ShardedCheckpoint:

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from moesaic.checkpoint.atomic import MANIFEST, atomic_folder, verify_folder
-from moesaic.checkpoint.native import empty_model, load_config, match_tensors
-from moesaic.checkpoint.shards import MAX_SHARD_BYTES, TensorInfo
+from moesaic.checkpoint.native import open_model
+from moesaic.checkpoint.parts import FILE
+from moesaic.checkpoint.shards import MAX_SHARD_BYTES
 from moesaic.checkpoint.stream import Slot, plan_shards, write_shards
 from moesaic.checkpoint.untrusted import safe_member
 from moesaic.errors import CheckpointError
 from moesaic.models.decoder import Decoder
-from moesaic.train.sharded.checkpoint import EXTRA, FILE, ShardedCheckpoint, open_sharded
+from moesaic.train.sharded.checkpoint import EXTRA, ShardedCheckpoint, open_sharded
 from moesaic.train.sharded.fingerprint import fingerprint
 from moesaic.train.sharded.metadata import FILE as METADATA
 from moesaic.train.sharded.optimizer import PREFIX
@@ -44,13 +45,8 @@ def consolidate(
     """
     checkpoint = open_sharded(folder)
     folder, out = checkpoint.folder, Path(out)
-    model = empty_model(load_config(folder), folder / "config.json")
-    infos = {
-        name: TensorInfo(whole.dtype, whole.shape, folder / FILE, 0)
-        for name, whole in checkpoint.tensors.items()
-        if "/" not in name
-    }
-    order = list(match_tensors(model, infos, folder))
+    opened = open_model(folder, infos=checkpoint.model)
+    infos, order = opened.infos, list(opened.groups)
     with atomic_folder(out) as partial:
         for name in _other_files(checkpoint):
             path = partial / name
@@ -63,7 +59,7 @@ def consolidate(
             slots = (Slot(names[n], checkpoint.tensors[n].dtype, checkpoint.tensors[n].shape) for n in names)
             tensors = ((names[name], x) for name, x in stream_tensors(checkpoint, names))
             write_shards(partial, "training", plan_shards(slots, "training", 2**62), tensors)
-            training = {**checkpoint.extra, "optimizer": _pack(checkpoint, model)}
+            training = {**checkpoint.extra, "optimizer": _pack(checkpoint, opened.model)}
             (partial / EXTRA).write_text(json.dumps(training, indent=1), encoding="utf-8")
     return out
 

@@ -20,12 +20,13 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from moesaic.checkpoint.aside import Aside, write_aside
 from moesaic.checkpoint.atomic import MANIFEST, hidden_folder, publish
+from moesaic.checkpoint.parts import FILE
 from moesaic.checkpoint.shards import MAX_SHARD_BYTES
 from moesaic.checkpoint.untrusted import safe_member
 from moesaic.errors import CheckpointError, disk_errors
 from moesaic.parallel.comm import Group
 from moesaic.train.sharded.agree import as_one, first_says, together
-from moesaic.train.sharded.checkpoint import EXTRA, FILE, describe, row_of
+from moesaic.train.sharded.checkpoint import EXTRA, describe, row_of
 from moesaic.train.sharded.entries import Tensors, entries_of, whole_of
 from moesaic.train.sharded.plan import RegionSavePlanner
 from moesaic.train.sharded.storage import ShardedWriter

@@ -23,11 +23,12 @@ from torch import nn
 from moesaic.checkpoint.aside import Aside
 from moesaic.checkpoint.atomic import sweep, verify_folder
 from moesaic.checkpoint.native import Tokenizer, config_record
+from moesaic.checkpoint.parts import is_sharded
 from moesaic.config import to_dict
 from moesaic.errors import CheckpointError, disk_errors
 from moesaic.parallel.comm import Group
 from moesaic.train.sharded.agree import first_says, together
-from moesaic.train.sharded.checkpoint import EXTRA, ShardedCheckpoint, is_sharded, open_sharded
+from moesaic.train.sharded.checkpoint import EXTRA, ShardedCheckpoint, open_sharded
 from moesaic.train.sharded.entries import Tensors
 from moesaic.train.sharded.load import fill_from
 from moesaic.train.sharded.optimizer import merge_optimizers, optimizer_room, unpack_optimizer
