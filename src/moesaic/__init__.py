@@ -67,7 +67,8 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
             of a known family (``moesaic.convert.families``), or as a string "owner/name[@revision]" on the Hugging Face hub.
         dtype: dtype of the parameters; routers stay fp32. None keeps the saved one.
 
-    Raises ``CheckpointError`` for a missing, damaged or foreign folder, ``ConfigError`` for a config that is not understood.
+    Raises ``CheckpointError`` for a folder that is missing, damaged, foreign or in parts, ``ConfigError`` for a config that is
+    not understood.
     """
     folder = resolve(path)
     if is_foreign(folder):

@@ -50,9 +50,9 @@ class _Corpus:
 class _Run:
     """A run in one layout: a model, its optimiser, its checkpoints."""
 
-    def __init__(self, rank: int, name: str, folder: str) -> None:
+    def __init__(self, rank: int, name: str, folder: str, device: str = "cpu") -> None:
         size, parallel = LAYOUTS[name]
-        self.team = Team(Started(rank=rank, world=size, watch=Watch(rank)), parallel)
+        self.team = Team(Started(rank=rank, world=size, watch=Watch(rank), device=torch.device(device)), parallel)
         config = TrainConfig(config_of(BASE), seq_len=12, parallel=parallel)
         corpus: Any = _Corpus()
         self.keeper = Keeper(Path(folder) / name, config, corpus, self.team)
@@ -153,9 +153,9 @@ def test_saved_under_one_loaded_under_every_other(tmp_path: Path) -> None:
                 assert float(value) == pytest.approx(want, rel=1e-13), pair
 
 
-def _draw(rank: int, saved: str, name: str, folder: str, seed: int | None) -> dict[str, Tensor]:
+def _draw(rank: int, saved: str, name: str, folder: str, device: str, seed: int | None) -> dict[str, Tensor]:
     """What is drawn next, by every part its own: after saving, or (seed None) after restoring."""
-    run = _Run(rank, name, folder)
+    run = _Run(rank, name, folder, device)
     if seed is None:
         torch.manual_seed(99 + rank)
         place = Path(folder) / saved / "checkpoints" / "step-00000000"
@@ -164,13 +164,17 @@ def _draw(rank: int, saved: str, name: str, folder: str, seed: int | None) -> di
         torch.manual_seed(seed + run.team.part)
         run.keeper.save(0, run.model, run.optimizer, run.spread, {"corpus": "text"}, is_best=False, wait=True)
         run.keeper.close()
-    return {"drawn": torch.rand(3)}
+    return {"drawn": torch.cat([torch.rand(3), torch.rand(3, device=device).cpu()])}
 
 
-def test_random_numbers_go_on_where_parts_agree_and_else_anew(tmp_path: Path) -> None:
+_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=_GPU)])
+def test_random_numbers_go_on_where_parts_agree_and_else_anew(tmp_path: Path, device: str) -> None:
     def draw(saved: str, name: str, seed: int | None = None) -> list[list[float]]:
         size = LAYOUTS[name][0]
-        args = saved, name, str(tmp_path), seed
+        args = saved, name, str(tmp_path), device, seed
         answers = run_distributed(size, _draw, *args) if size > 1 else [_draw(0, *args)]
         return [answer["drawn"].tolist() for answer in answers]
 

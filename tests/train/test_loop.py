@@ -281,6 +281,21 @@ def test_the_tokenizer_of_the_last_checkpoint(stopped: Path, tmp_path: Path) -> 
     assert saved_tokenizer(tmp_path) is None
 
 
+def test_only_the_bytes_of_the_tokenizer_are_read_for_it(stopped: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(stopped, tmp_path / "run"))
+    (newest,) = (folder / "checkpoints").glob("step-*")
+
+    def flip(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[-2] ^= 1
+        path.write_bytes(data)
+
+    flip(newest / "model.safetensors")
+    assert saved_tokenizer(folder) is not None
+    flip(newest / "tokenizer.json")
+    assert saved_tokenizer(folder) is None
+
+
 def test_resuming_with_other_text_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     train(SHORT, folder, stop=StopAfter(3))

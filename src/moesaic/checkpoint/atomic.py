@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -154,12 +154,16 @@ def remove_folder(folder: Path) -> None:
 
 
 def verify_folder(
-    folder: str | os.PathLike[str], quick: bool = False, share: tuple[int, int] = (0, 1)
+    folder: str | os.PathLike[str],
+    quick: bool = False,
+    share: tuple[int, int] = (0, 1),
+    only: Collection[str] | None = None,
 ) -> frozenset[str]:
     """Check every file of ``folder`` against its manifest and return the names it lists.
 
     ``quick`` compares sizes only; otherwise every byte is hashed (about a second per GB, once more from disk).
     ``share``: (i, n) hashes every n-th file from the i-th on, so that n processes check them all together.
+    ``only``: hash these files alone.
     Raises ``CheckpointError`` naming the file that is missing, truncated, changed, unlisted or outside the folder.
     """
     folder = Path(folder)
@@ -186,7 +190,8 @@ def verify_folder(
                 raise CheckpointError(
                     f"{path} is damaged: it has {found} bytes and was saved with {size}. Use an older or another copy."
                 )
-            if not quick and i % share[1] == share[0] and sha256_of(path) != digest:
+            hashed = not quick and i % share[1] == share[0] and (only is None or name in only)
+            if hashed and sha256_of(path) != digest:
                 raise CheckpointError(
                     f"{path} is damaged: its bytes changed since it was saved (sha256 differs). "
                     "Use an older or another copy."

@@ -62,7 +62,9 @@ class Keeper:
     @cached_property
     def _group(self) -> Group:
         """All processes, for checkpoints alone; all of them ask for it first at the same time."""
-        return saving_group(range(self.team.layout.world), self.team.here.rank)
+        here = self.team.here
+        with here.watch.collective("group of checkpoints", "all", tuple(range(here.world)), 0):
+            return saving_group(range(here.world), here.rank)
 
     # ---- finding -------------------------------------------------------------------------------------------------
 
@@ -101,7 +103,7 @@ class Keeper:
         """Put everything saved back; returns the caller's state with "step". Raises ``CheckpointError`` if it does not fit."""
         state = read_json(found.folder / EXTRA).get("state")
         state = state if isinstance(state, dict) else {}
-        same = state.get("parts", [1, 1]) == self._parts  # a run of one process has one part of everything
+        same = state.get("parts") == self._parts
         if not same:
             self.team.say(
                 "Random numbers go on from a new seed: the parts of the batch or the stages are other than before."
@@ -112,8 +114,7 @@ class Keeper:
                 self._seed(saved["step"])
         else:
             tensors, trained = held_tensors(model, spread)
-            # One process saves the states of all GPUs it sees, and does not say which of them is its own.
-            on_device = state.get("device", "cpu") == self.team.device.type
+            on_device = state.get("device") == self.team.device.type
             states = self._random(on_device) if same else {}
             wanted = {**tensors, **states}
             saved = restore_sharded_snapshot(
@@ -146,6 +147,7 @@ class Keeper:
         Raises what the one before raised, if it failed by now.
         """
         keep, tokenizer = self.config.keep_last, self.corpus.tokenizer
+        state = {**state, "parts": self._parts, "device": self.team.device.type}
         if spread is None:
             save_snapshot(self.folder, step, model, optimizer, state, tokenizer, keep, is_best=is_best)
             return
@@ -170,7 +172,6 @@ class Keeper:
                 is_best=is_best,
             )
 
-        state = {**state, "parts": self._parts, "device": self.team.device.type}
         self._saver.save(write, {**tensors, **moments, **self._random()}, {"state": state, "optimizer": packed})
         if wait:
             self._saver.wait()

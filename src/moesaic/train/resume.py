@@ -10,19 +10,20 @@ took place. Length, optimiser and everything that only watches may change.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from moesaic.checkpoint.atomic import verify_folder
 from moesaic.config import from_dict, to_dict
 from moesaic.errors import CheckpointError, ConfigError
 from moesaic.tokenizer import load_tokenizer
 from moesaic.train.config import TrainConfig
-from moesaic.train.snapshot import latest_snapshot
+from moesaic.train.snapshot import newest_first
 
+_TOKENIZER = "tokenizer.json"
 _FIXED = ("model", "data", "seed", "seq_len", "batch_size", "accumulate", "dtype")
 # Where the same tokens lie and how they are fetched; that they are the same is checked by their fingerprint, or that of
 # their shards, when the run is restored.
@@ -64,12 +65,13 @@ def check_run(wanted: TrainConfig, folder: str | Path) -> list[str]:
 
 def saved_tokenizer(folder: str | Path) -> Tokenizer | None:
     """The tokenizer in the newest whole checkpoint of the run in ``folder``; None where there is none."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # damaged checkpoints are reported when the run itself is restored
-        found = latest_snapshot(folder)
-    if found is None or not (found / "tokenizer.json").exists():
-        return None
-    return load_tokenizer(found)
+    for found in newest_first(Path(folder) / "checkpoints"):
+        try:  # of the rest the sizes: all its bytes are read, and damage reported, when the run itself is restored
+            verify_folder(found, only=(_TOKENIZER,))
+        except CheckpointError:
+            continue
+        return load_tokenizer(found) if (found / _TOKENIZER).exists() else None
+    return None
 
 
 def _differences(old: Any, new: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
