@@ -190,7 +190,8 @@ def test_building_takes_what_is_kept_and_a_block(size: int, parallel: Of) -> Non
         held, kept, most = answer["part"].tolist()
         assert held < 0.6 * whole
         assert held <= kept < held + 0.05 * block  # nothing stays behind
-        assert kept + 0.1 * block < most < held + 1.5 * block
+        # Drawing needs room for a matrix twice; with ep the other half of a block's experts is never made.
+        assert kept + 0.1 * block < most < held + (1.0 if parallel.ep > 1 else 1.5) * block
         assert answer["whole"][0] == held
         assert answer["whole"][2] >= whole > held + 1.5 * block  # what it was, and what this test would see
 
@@ -204,13 +205,12 @@ def _fitted(rank: int, parallel: Of) -> dict[str, Tensor]:
     counts_V = torch.arange(31).flip(0)
     text = TextStatistics(31, lambda: counts_V, lambda: torch.zeros(31, 31), ())
     cut, part = both(replace(case, model={"num_layers": 4}), World(Layout.of(parallel, 2), rank))
-    before = values(part)["blocks.0.ffn.router.table_KV"].clone() if 0 in part.placements else None
+    tables = {name: table.clone() for name, table in values(part).items() if name.endswith("table_KV")}
     for spread in (cut, part):
         for layer in spread.model.moe_layers().values():
             layer.router.fit(text)
     alike(cut, part, "fitted")
-    if before is not None:
-        assert not torch.equal(before, values(part)["blocks.0.ffn.router.table_KV"])
+    assert [name for name, table in tables.items() if torch.equal(table, values(part)[name])] == []
     return {"layers": torch.tensor(list(part.model.moe_layers()))}
 
 

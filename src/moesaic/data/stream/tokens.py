@@ -66,8 +66,8 @@ class TokenStream:
         if not labels:
             raise DataError(
                 "The stream has too few documents to hold some out for validation and keep some for training "
-                "(data.val_fraction says how many, and the text of each which): add text, change data.val_fraction, or let every "
-                "file be many documents with data.document=paragraphs."
+                "(data.val_fraction says how many, and the text of each which): add text, change data.val_fraction, or let "
+                "every file be many documents with data.document=paragraphs."
             )
         end_D = np.array(ends, dtype=np.int64)
         label_D = np.array(labels, dtype=np.int64)
