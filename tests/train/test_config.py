@@ -19,7 +19,10 @@ from tests.train.tiny_run import tiny_config
 
 FULL = TrainConfig(
     model=sparse(),
-    data=DataConfig(("a", "b/*.txt"), "body", "lang", "folder", "paragraphs", "skip", "tok.json", 300, 0.2, 5, "cache"),
+    data=DataConfig(
+        *(("a", "b/*.txt"), "body", "lang", "folder", "paragraphs", "skip", "tok.json", 300, 0.2, 5, "cache"),
+        **{"stream": True, "labels": ("x",), "lanes": 2, "shuffle": 3, "val_tokens": 9, "prefetch": 0, "retries": 1},
+    ),
     optim=OptimConfig(0.1, 0.2, (0.5, 0.6), 1e-3, 0.0, 2.0, "wsd", 3, 0.5),
     steps=7,
     batch_size=3,
