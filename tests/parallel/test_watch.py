@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +290,25 @@ def _crosses(here: Started) -> None:
 def test_ranks_that_wait_for_each_other_in_different_collectives_are_told_so() -> None:
     ended = run_started(2, _crosses, timeout_s=3.0)
     assert any("has not entered it, it is outside the model, in " in e.said for e in ended), ended
+
+
+def _saves(here: Started) -> None:
+    """A thread with a group of its own, while the main thread computes; one rank's never comes."""
+    handle = dist.new_group([0, 1], timeout=timedelta(seconds=2))
+    group = Group("saving", (0, 1), here.rank, handle, Watch(here.rank, 2.0))
+    group.watch.beside(here.watch)
+    here.watch.layer = "layer 1"
+    for what in ("begin", "write") if here.rank == 0 else ("begin",):
+        ThreadPoolExecutor(1).submit(group.all_reduce, torch.ones(3), what=what).result()
+    time.sleep(60)
+
+
+@pytest.mark.slow
+def test_a_save_beside_the_training_is_told_who_is_missing() -> None:
+    ended = run_started(2, _saves, timeout_s=3.0, mourning=0.0)
+    said = sentence(ended[0])
+    assert said.startswith("Rank 0: write over saving with ranks 0, 1 "), said
+    assert "Rank 1 has not entered it, it is in layer 1" in said
 
 
 def _errs(here: Started) -> None:

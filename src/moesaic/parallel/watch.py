@@ -136,6 +136,10 @@ class Watch:
             entry, begin, end = self.queued.popleft()
             self.spent.setdefault(entry.what, Spent()).seconds += begin.elapsed_time(end) / 1e3
 
+    def beside(self, main: Watch) -> None:
+        """For the watch of another thread: ask the board of ``main``, and tell on it what is entered here."""
+        self.board, self.entered = main.board, main.entered
+
     def record(self) -> Record:
         """For the board."""
         entry = self.current

@@ -64,7 +64,9 @@ class Keeper:
         """All processes, for checkpoints alone; all of them ask for it first at the same time."""
         here = self.team.here
         with here.watch.collective("group of checkpoints", "all", tuple(range(here.world)), 0):
-            return saving_group(range(here.world), here.rank)
+            group = saving_group(range(here.world), here.rank)
+        group.watch.beside(here.watch)
+        return group
 
     # ---- finding -------------------------------------------------------------------------------------------------
 
