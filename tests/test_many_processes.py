@@ -160,6 +160,20 @@ def test_gguf_of_a_checkpoint_in_parts(finished: Path, tmp_path: Path, capsys: p
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout", [{"pp": 2}, {"tp": 2}, {"fsdp": True}, {"ep": 2, "replicas": 2, "rebalance_every": 2}]
+)
+def test_runs_of_every_layout_end_whole(
+    tmp_path: Path, layout: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    project = make_project(tmp_path, **CHANGES | {"steps": 4, "accumulate": 2, "parallel": layout})
+    train(project / "run")
+    assert parts_of(project / "run") == {"step-00000002": True, "step-00000004": False}
+    done = call(capsys, "eval", str(step(project / "run", 4)), "--rows", "2", "--batch-size", "2", "--json")
+    assert json.loads(done.out)["loss"] == pytest.approx(last_validation(project / "run"), rel=1e-6)
+
+
+@pytest.mark.slow
 def test_a_finished_run_goes_on_with_one_and_with_two_processes_alike(finished: Path, tmp_path: Path) -> None:
     """From the whole checkpoint and from the same in parts; the losses of one process, and its model."""
     project = make_project(tmp_path, **CHANGES)
