@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
+_LAUNCHED: list[Run] = []
 
 
 @dataclass
@@ -84,7 +85,16 @@ def launch(
             stderr=out,
             start_new_session=True,
         )
-    return Run(process, log)
+    _LAUNCHED.append(Run(process, log))
+    return _LAUNCHED[-1]
+
+
+def end_all() -> None:
+    """Kill every run that is left."""
+    while _LAUNCHED:
+        run = _LAUNCHED.pop()
+        if run.process.poll() is None:
+            run.kill()
 
 
 def kill_at_random(

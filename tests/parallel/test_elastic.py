@@ -19,6 +19,7 @@ from tests.parallel.elastic import Run, kill_at_random, launch, records, steps_d
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),
+    pytest.mark.usefixtures("none_left"),
     pytest.mark.skipif(sys.platform != "linux", reason="processes are found through /proc"),
 ]
 

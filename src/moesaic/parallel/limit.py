@@ -17,7 +17,7 @@ from moesaic.parallel.board import EXIT_STATUS
 from moesaic.parallel.torchrun import tell_torchrun
 from moesaic.parallel.watch import Watch
 
-UNWINDING_S = 20.0  # from a failed collective to the end of the process
+UNWINDING_S = 10.0  # from a failed collective to the end of the process
 
 
 class Limit:
@@ -77,7 +77,7 @@ class Limit:
 
     def _see_off(self) -> None:
         # Threads of executors are joined before anything of ours could run.
-        if getattr(threading, "_SHUTTING_DOWN", False) and not self._stop.wait(UNWINDING_S / 2):
+        if getattr(threading, "_SHUTTING_DOWN", False) and not self._stop.wait(UNWINDING_S):
             os._exit(EXIT_STATUS)
 
     def _exit(self, sentence: str) -> None:
