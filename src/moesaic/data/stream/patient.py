@@ -70,7 +70,9 @@ def _hopeless(name: str, error: Exception) -> DataError | None:
         return DataError(f"{name} is not there; restore it, or correct the source.")
     if isinstance(error, PermissionError) or status in (401, 403):
         return DataError(f"{name} may not be read ({_reason(error)}); check the permissions or credentials.")
-    if isinstance(error, IsADirectoryError | NotADirectoryError | ImportError | NotImplementedError):
+    if isinstance(error, ImportError):
+        return DataError(f"Reading {name} needs another package; install it with: pip install 'moesaic[data]'.")
+    if isinstance(error, IsADirectoryError | NotADirectoryError | NotImplementedError):
         return DataError(f"{name} cannot be read: {_reason(error)}.")
     return None
 
