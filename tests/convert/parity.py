@@ -379,7 +379,8 @@ def _low_precision(folder: Path, config: Any, dtype: torch.dtype, ids_BS: Tensor
     wide = mo.load(folder / name, dtype=torch.float32)
     with torch.no_grad():
         theirs_BSV = load_hf(folder / name, torch.float32)(ids_BS).logits
-        assert (wide(ids_BS).logits - theirs_BSV).abs().max() < LOGITS
+        # Other weights than above: transformers is 6.5e-6 from fp64 in one of them, and machines round differently.
+        assert (wide(ids_BS).logits - theirs_BSV).abs().max() < 2 * LOGITS
         model = mo.load(folder / name)
         assert model.embedding.weight.dtype == dtype
         difference_BSV = (model(ids_BS).logits.float() - load_hf(folder / name, dtype)(ids_BS).logits.float()).abs()
