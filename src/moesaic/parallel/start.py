@@ -9,6 +9,8 @@ taken, ranks that never come.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import time
 from collections.abc import Mapping
@@ -77,6 +79,9 @@ class Started:
         finally:
             if self._limit is not None:
                 self._limit.stop() if well else self._limit.leave()
+            # gloo's threads drop their last tensors when they get round to it. Where that falls into the interpreter's own end
+            # it aborts the process, so groups, which sit in reference cycles, go before: they wait for their threads.
+            atexit.register(gc.collect)
 
     def _leave(self, store: Store) -> None:
         with self.watch.collective("end of the run", "all", tuple(range(self.world)), 0):
