@@ -311,6 +311,28 @@ def test_a_save_beside_the_training_is_told_who_is_missing() -> None:
     assert "Rank 1 has not entered it, it is in layer 1" in said
 
 
+def _both_fail(here: Started) -> Any:
+    """What saves beside the training fails with it, and is waited for on the way out."""
+    saving = Group("saving", (0, 1), here.rank, dist.new_group([0, 1]), Watch(here.rank))
+    saving.watch.beside(here.watch)
+    everybody(here).all_reduce(torch.ones(3), what="gradients")
+    beside = ThreadPoolExecutor(1).submit(saving.all_reduce, torch.ones(3), what="write") if here.rank == 0 else None
+    here.watch.layer = "layer 1"
+    if here.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        everybody(here).all_reduce(torch.ones(3), what="dispatch")
+    finally:
+        assert beside is not None
+        beside.result()
+
+
+def test_a_process_that_fails_twice_says_one_thing() -> None:
+    said = sentence(run_started(2, _both_fail)[0])
+    assert re.match(r"Rank 0: (dispatch over ep|write over saving) with ranks 0, 1 failed", said), said
+    assert "Rank 1 does not answer" in said
+
+
 def _errs(here: Started) -> None:
     group = everybody(here)
     group.all_reduce(torch.ones(3), what="gradients")

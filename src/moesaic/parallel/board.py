@@ -72,6 +72,9 @@ class Board:
         store: of the run; the thread uses a connection of its own.
         describe: called by the thread, about once per ``beat_s``.
         beat_s: seconds between records; in large worlds longer, so that the store sees at most 500 records a second.
+
+    Attributes:
+        speaking: held by the thread that looks and then ends the board; another may fail at the same time.
     """
 
     def __init__(
@@ -85,7 +88,7 @@ class Board:
         self._beat = 0
         self._wanted: Sequence[int] = ()
         self._seen: dict[int, list[Record]] = {}
-        self._looking = threading.Lock()  # a save in the background may fail at the same time
+        self.speaking = threading.Lock()
         self._wake, self._answer = threading.Event(), threading.Event()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="moesaic-board", daemon=True)
@@ -106,6 +109,11 @@ class Board:
         if self._thread.is_alive():
             self._thread.join(2 * self.beat_s)
 
+    @property
+    def ended(self) -> str | None:
+        """What ``end`` was told."""
+        return None if self._end is None else self._end.ended
+
     def _at_exit(self) -> None:
         """Where the way to the store is cut, the thread may wait in it for ever, and the interpreter would abort over that."""
         if self._thread.is_alive() and self._closing:
@@ -118,10 +126,6 @@ class Board:
 
         Empty where the store does not answer: its host, or the way there, is gone.
         """
-        with self._looking:
-            return self._look(ranks)
-
-    def _look(self, ranks: Sequence[int]) -> dict[int, Sight]:
         if not self._thread.is_alive():
             return {}
         self._seen = {rank: [] for rank in ranks}

@@ -157,11 +157,13 @@ class Watch:
             said = _ADVICE.sub("", _SOURCE_PLACE.sub("", reason.strip().splitlines()[0])).rstrip(". ")
             sentence = f"Rank {self.rank}: {name} failed{where}: {said}."
         if self.board is not None:
-            with _signals_ignored():
-                words, blames = self._missing(self.board, entry)
-            if words:
-                sentence += f" {words[0].upper()}{words[1:]}."
-            self.board.end(sentence, blames)
+            with _signals_ignored(), self.board.speaking:
+                if self.board.ended is None:
+                    words, blames = self._missing(self.board, entry)
+                    if words:
+                        sentence += f" {words[0].upper()}{words[1:]}."
+                    self.board.end(sentence, blames)
+                sentence = self.board.ended or sentence  # where a collective of another thread has failed before, its
         self.failed = sentence
         return CollectiveError(sentence)
 
