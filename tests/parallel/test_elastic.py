@@ -87,6 +87,8 @@ def test_ten_kills_at_random_steps_leave_the_losses_of_the_undisturbed_run(tmp_p
     assert len(kills) >= 8  # some moments find nobody to kill
     assert "Traceback" not in run.said
     for sentence in sentences(run.said):
+        if sentence == "interrupted.":  # by torchrun, before there was anything to fail
+            continue
         assert re.match(r"Rank [01]: .* over .* with ranks 0, 1 failed", sentence), sentence
         assert re.search(r"Rank [01] (does not answer|has ended)", sentence), sentence
 
