@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moesaic.errors import MoesaicError
 from moesaic.parallel.start import start_processes
 
@@ -108,6 +110,8 @@ def _child(
     os.dup2(out, 2)
     os.environ.pop("GLOO_SOCKET_IFNAME", None)
     os.environ.update(environ)
+    if environ["OMP_NUM_THREADS"]:  # PyTorch was imported before, in the fork server
+        torch.set_num_threads(int(environ["OMP_NUM_THREADS"]))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     status = 0
     try:

@@ -239,9 +239,12 @@ def _facts(here: Started) -> Any:
 
 
 def test_processes_find_each_other_and_leave_in_order() -> None:
-    ended = run_started(2, _facts)
-    assert [(e.code, e.said) for e in ended] == [(0, ""), (0, "")]
-    assert [e.answer for e in ended] == [[rank, 2, rank, 2, "cpu", 1.0, "lo", "gloo", 1] for rank in (0, 1)]
+    shared = threads(2, {})
+    assert shared is not None
+    for asked, number in (("", shared), ("3", 3)):
+        ended = run_started(2, _facts, environ={"OMP_NUM_THREADS": asked})
+        assert [(e.code, e.said) for e in ended] == [(0, ""), (0, "")]
+        assert [e.answer for e in ended] == [[rank, 2, rank, 2, "cpu", 1.0, "lo", "gloo", number] for rank in (0, 1)]
 
 
 def _group_timeouts(here: Started) -> Any:
