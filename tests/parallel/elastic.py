@@ -110,17 +110,16 @@ def kill_at_random(
     for number, step in enumerate(at):
         deadline = time.monotonic() + patience
         early = number % 3 == 2
-        while True:
-            living = {rank: pid for rank, pid in run.workers().items() if pid not in dead}
-            if living and (early or steps_done() >= step):
-                break
+        wait = rng.uniform(0.5, 4.0) if early else rng.uniform(0.0, 0.1)
+        living: dict[int, int] = {}
+        while not living:  # between two attempts there is nobody to kill
             assert run.process.poll() is None, f"ended before kill {number + 1}:\n{run.said[-6000:]}"
             assert time.monotonic() < deadline, f"stuck before kill {number + 1}:\n{run.said[-6000:]}"
-            time.sleep(0.02)
-        time.sleep(rng.uniform(0.5, 4.0) if early else rng.uniform(0.0, 0.1))
-        living = {rank: pid for rank, pid in run.workers().items() if pid not in dead}
-        if not living:  # between two attempts; nobody to kill
-            continue
+            if (set(run.workers().values()) - dead) and (early or steps_done() >= step):
+                time.sleep(wait)
+                living = {rank: pid for rank, pid in run.workers().items() if pid not in dead}
+            else:
+                time.sleep(0.02)
         rank = rng.choice(sorted(living))
         dead.update(living.values())
         done.append((steps_done(), rank))

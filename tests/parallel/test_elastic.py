@@ -78,16 +78,18 @@ def sentences(said: str) -> list[str]:
 
 
 def test_ten_kills_at_random_steps_leave_the_losses_of_the_undisturbed_run(tmp_path: Path, command: Command) -> None:
-    steps = 60
+    steps, last = 80, 50  # the run goes on while the last step is being looked for
     expected = undisturbed(command, tmp_path / "undisturbed", steps)
     run = launch(command(tmp_path / "killed", steps), 2, tmp_path / "killed.log", max_restarts=14)
-    kills = kill_at_random(run, lambda: steps_done(tmp_path / "killed"), steps, kills=10, seed=int(time.time()))
+    kills = kill_at_random(run, lambda: steps_done(tmp_path / "killed"), last, kills=10, seed=int(time.time()))
     assert run.wait(300) == 0, run.said[-6000:]
     assert records(tmp_path / "killed") == expected, kills
-    assert len(kills) >= 8  # some moments find nobody to kill
+    assert len(kills) == 10
     assert "Traceback" not in run.said
     for sentence in sentences(run.said):
         if sentence == "interrupted.":  # by torchrun, before there was anything to fail
+            continue
+        if re.match(r"Rank [01]: all ranks came, but were not connected .*: one of them has ended since", sentence):
             continue
         assert re.match(r"Rank [01]: .* over .* with ranks 0, 1 failed", sentence), sentence
         assert re.search(r"Rank [01] (does not answer|has ended)", sentence), sentence

@@ -210,9 +210,12 @@ def _init(launch: Launch, store: Store, device: torch.device, timeout: timedelta
         )
     except RuntimeError as error:
         interface = os.environ.get("GLOO_SOCKET_IFNAME", "one of gloo's own choice")
+        why = "one of them has ended since"
+        if not launch.one_node:
+            why += ", or their nodes do not see each other on it: then set GLOO_SOCKET_IFNAME to one on which they do"
         raise MoesaicError(
-            f"Rank {launch.rank}: all ranks came, but they cannot be connected over the network interface {interface} "
-            f"({str(error).splitlines()[0]}); set GLOO_SOCKET_IFNAME to one on which the nodes see each other."
+            f"Rank {launch.rank}: all ranks came, but were not connected over the network interface {interface} "
+            f"({str(error).splitlines()[0]}): {why}."
         ) from error
 
 
