@@ -56,7 +56,14 @@ CASES: list[tuple[int, Case]] = [
     (2, Case("multi-head", Of(ep=2), {"heads": 2})),
     (2, Case("single neurons", Of(ep=2), NEURONS, router={"key_dim": 8}, router_name="product_keys")),
     (2, Case("latent attention, dense first", Of(tp=2), {"dense_first": 1}, LATENT)),
-    (2, Case("biases that follow load", Of(ep=2), router={"score": "sigmoid", "bias_rate": 1e-2, "bias_rule": "pid"})),
+    (
+        2,
+        Case(
+            "biases that follow load",
+            Of(ep=2),
+            router={"score": "sigmoid", "balance_bias": True, "bias_rate": 1e-2, "bias_rule": "pid"},
+        ),
+    ),
     (2, Case("copies", Of(ep=2), placements={0: ((5, 0, 3, 5), (1, 2, 4, 6, 7, 0)), 1: ((7, 6), (5, 4, 3, 2, 1, 0))})),
     (2, Case("recomputation, shadows", Of(ep=2, shadow=True), {"shared": 1}, recompute=True)),
 ]  # fmt: skip

@@ -25,7 +25,13 @@ from moesaic.train.team import Team
 from tests.distributed import run_distributed
 from tests.parallel.truth import Case, batches_of, build, config_of, share
 
-BASE = Case("", Of(), {"num_experts": 10, "shared": 1}, router={"score": "sigmoid", "bias_rate": 1e-2}, dtype="float64")
+BASE = Case(
+    "",
+    Of(),
+    {"num_experts": 10, "shared": 1},
+    router={"score": "sigmoid", "balance_bias": True, "bias_rate": 1e-2},
+    dtype="float64",
+)
 BASE = replace(BASE, accumulate=2, steps=2)
 LAYOUTS: dict[str, tuple[int, Of]] = {
     "one": (1, Of()),

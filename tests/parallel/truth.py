@@ -6,6 +6,7 @@ one on the same rows, then compares every gradient, weight and moment it holds w
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -78,7 +79,10 @@ def config_of(case: Case) -> ModelConfig:
 def build(case: Case) -> Decoder:
     """The whole model of a case."""
     torch.manual_seed(7)
-    model = build_model(config_of(case))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*it acts only together with")  # a setting that is compared must be in force
+        warnings.filterwarnings("ignore", ".*(allow_leak|capacity)")
+        model = build_model(config_of(case))
     if case.dtype == "float64":
         model = to_fp64(model)
     if case.edit:
@@ -123,6 +127,11 @@ def batches_of(case: Case, step: int) -> list[Batch]:
     for m in range(case.accumulate):
         S = 12
         ids = torch.randint(0, 31, (case.batch, S + 1), generator=generator)
+        # No two tokens see the same: their equal states are computed in two places, and a capacity or an expert that has to
+        # choose between them decides by how each was rounded. So documents start differently, and not with one token twice.
+        starts = torch.randperm(31, generator=generator)[torch.arange(2 * case.batch) % 31].view(case.batch, 2)
+        ids[:, [0, 7]] = starts
+        ids[:, [1, 8]] = (starts + torch.randint(1, 31, starts.shape, generator=generator)) % 31
         documents = (torch.arange(S) >= 7).long().expand(case.batch, S).clone()
         targets = ids[:, 1:].clone()
         targets[:, 6] = IGNORE
@@ -203,13 +212,21 @@ def train(case: Case, world: World | None, between: Between | None = None) -> Tr
 
 
 def error(mine: Tensor, whole: Tensor, held: Held) -> float:
-    """The largest difference of what is held from the whole, over the largest entry of the whole."""
-    worst = 0.0
+    """How far what is held is from the whole.
+
+    In fp64 the largest difference over the largest entry. In fp32, where single entries are sums that cancel and each of the
+    two ways rounds them for itself, the root mean square of the differences over that of the entries.
+    """
+    worst, squares, count = 0.0, 0.0, 0
     assert tuple(mine.shape) == held.local, (held.name, tuple(mine.shape), held.local)
     for box in held.boxes:
-        ours, theirs = mine[box.local_slices], whole[box.logical_slices]
-        worst = max(worst, float((ours.double() - theirs.double()).abs().max()) if ours.numel() else 0.0)
-    return worst / max(float(whole.double().abs().max()), 1e-30)
+        wrong_ = (mine[box.local_slices].double() - whole[box.logical_slices].double()).abs()
+        if wrong_.numel():
+            worst = max(worst, float(wrong_.max()))
+            squares, count = squares + float(wrong_.square().sum()), count + wrong_.numel()
+    if whole.dtype == torch.float64:
+        return worst / max(float(whole.abs().max()), 1e-30)
+    return (squares / max(count, 1)) ** 0.5 / max(float(whole.double().square().mean()) ** 0.5, 1e-30)
 
 
 def compare(case: Case, world: World, between: Between | None = None) -> dict[str, Tensor]:
@@ -240,7 +257,7 @@ def compare(case: Case, world: World, between: Between | None = None) -> dict[st
             wrong = error(tensor, theirs[name], held)
             if wrong > out[kind]:
                 out[kind], worst[kind] = wrong, name
-    if max(out.values()) > (2e-6 if case.dtype == "float32" else 1e-12):
+    if max(out.values()) > (1e-6 if case.dtype == "float32" else 1e-12):
         print(case.name, world.rank, out, worst, flush=True)
     return {f"{case.name}: {key}": torch.tensor(value) for key, value in out.items()}
 
