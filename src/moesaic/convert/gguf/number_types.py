@@ -57,6 +57,18 @@ def encode(tensor: Tensor, kind: str, name: str, gguf: Any) -> Iterator[memoryvi
     Raises ``MoesaicError`` naming the tensor that holds NaN or infinity, or a number too large for F16.
     """
     number_type = gguf.GGMLQuantizationType[kind]
+    for numbers in _checked(tensor, kind, name):
+        yield gguf.quantize(numbers.numpy(), number_type).reshape(-1).view("uint8").data
+
+
+def check_numbers(tensor: Tensor, kind: str, name: str) -> None:
+    """Raise what ``encode`` would."""
+    for _ in _checked(tensor, kind, name):
+        pass
+
+
+def _checked(tensor: Tensor, kind: str, name: str) -> Iterator[Tensor]:
+    """fp32, piece by piece, each found to hold nothing but numbers that ``kind`` has."""
     for piece in _pieces(tensor.detach()):
         numbers = piece.to(device="cpu", dtype=torch.float32).contiguous()
         most = float(numbers.abs().max()) if numbers.numel() else 0.0
@@ -66,7 +78,7 @@ def encode(tensor: Tensor, kind: str, name: str, gguf: Any) -> Iterator[memoryvi
             raise MoesaicError(
                 f"The tensor {name} holds {most:g}, more than F16 can ({_F16_MOST:g}); export as bf16 or f32."
             )
-        yield gguf.quantize(numbers.numpy(), number_type).reshape(-1).view("uint8").data
+        yield numbers
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
