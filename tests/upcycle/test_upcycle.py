@@ -408,7 +408,7 @@ def test_losses_are_those_the_router_advises() -> None:
         ({"router": RouterConfig("hash"), "method": "granular"}, "no linear gate"),
         ({"router": RouterConfig("switch"), "k": 1, "scale_in": "router"}, "no option scale"),
         ({"experts": 0}, "experts must be at least 1"),
-        ({"seed": -1}, "seed from 0"),
+        ({"seed": -1}, "seed must be from 0 to 2\\*\\*63 - 1, not -1"),
     ],
     ids=str,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,14 +18,17 @@ from moesaic.commands.options import at_least, whole_number
 from moesaic.commands.output import Json, Overrides, console_for, print_json, sayer
 from moesaic.compare.variants import VARIANTS
 from moesaic.config import apply_overrides, from_dict
+from moesaic.convert.hub import resolve
+from moesaic.convert.read import is_foreign
 from moesaic.cost.count import count_parameters
 from moesaic.data.config import DataConfig
 from moesaic.data.corpus import load_store
 from moesaic.data.packing import PackedRows
-from moesaic.errors import ConfigError
+from moesaic.errors import ConfigError, MoesaicError
 from moesaic.models import Decoder
 from moesaic.routing import ROUTERS
 from moesaic.train.evaluate import evenly
+from moesaic.train.snapshot import find_model_folder
 from moesaic.upcycle import (
     PRESERVING,
     DensifyConfig,
@@ -38,6 +42,7 @@ from moesaic.upcycle import (
 )
 
 _SEQ_LEN = 256
+_MADE = "The model made"
 
 Text = Annotated[
     tuple[str, ...],
@@ -127,13 +132,15 @@ def upcycle_command(
         raise ConfigError(f'{len(dense)} models were given, and method="{config.method}" takes one; btx takes several.')
     if config.needs_text and not text:
         raise ConfigError("What is asked for looks at what the model does on text; name some with --text.")
+    folders = [_folder_of(source, out) for source in dense]
     say = sayer(console_for(json))
-    models = [moesaic.load(str(folder)) for folder in dense]
+    models = [moesaic.load(folder) for folder in folders]
     own = config.router_init == "prompts"
     texts = [_ids(models[0], (source,) if own else text, rows, say) for source in (text if own else text[:1])]
     seen = torch.cat(texts) if own and texts else texts[0] if texts else None
     made = assemble(models, config, texts) if config.method == "btx" else upcycle(models[0], config, seen)
-    apart = [difference(model, made, random_ids(models[0]) if seen is None else seen) for model in models]
+    shown = random_ids(models[0]) if seen is None else seen
+    apart = [difference(model, made, shown, (str(folder), _MADE)) for folder, model in zip(dense, models, strict=True)]
     moesaic.save(made, out)
     _say_result(say, made, out)
     for folder, gap in zip(dense, apart, strict=True):
@@ -177,11 +184,12 @@ def densify_command(
     _refuse_taken(out)
     if config.needs_text and not text:
         raise ConfigError("Which experts are used is seen on text; name some with --text.")
+    folder = _folder_of(model, out)
     say = sayer(console_for(json))
-    sparse = moesaic.load(str(model))
+    sparse = moesaic.load(folder)
     seen = _ids(sparse, text, rows, say) if text else None
     made = densify(sparse, config, seen)
-    gap = difference(sparse, made, random_ids(sparse) if seen is None else seen)
+    gap = difference(sparse, made, random_ids(sparse) if seen is None else seen, (str(model), _MADE))
     moesaic.save(made, out)
     _say_result(say, made, out)
     _say_difference(say, str(model), gap, "random tokens" if seen is None else "text")
@@ -196,6 +204,17 @@ def _refuse_taken(out: Path) -> None:
     found = settle(out)
     if found.is_file() or (found.is_dir() and any(found.iterdir())):
         raise ConfigError(f"{out} exists already; choose another --out, or remove it.")
+
+
+def _folder_of(source: Path, out: Path) -> Path:
+    """The model directory that ``source`` means. Raises ``MoesaicError`` if ``out`` lies in it, or around it."""
+    folder = resolve(str(source))
+    if not is_foreign(folder):
+        folder = find_model_folder(folder)
+    here, there = Path(os.path.realpath(folder)), Path(os.path.realpath(out))
+    if there.is_relative_to(here) or here.is_relative_to(there):
+        raise MoesaicError(f"The target {out} and the source {source} lie in each other; choose another --out.")
+    return folder
 
 
 def _ids(model: Decoder, sources: tuple[str, ...], rows: int, say: Callable[[str], None]) -> Tensor:

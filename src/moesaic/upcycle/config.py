@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -77,20 +78,24 @@ class UpcycleConfig:
             raise ConfigError(f"experts must be at least 1, not {E}.")
         if self.k < 1 or (E is not None and self.k > E):
             raise ConfigError(f"k={self.k} experts per token are impossible with {E} experts; choose 1 to {E}.")
-        if self.shards < 1 or self.shared < 0 or not 0 <= self.seed < 2**63:
-            raise ConfigError("shards must be at least 1, shared at least 0 and seed from 0 to 2**63 - 1.")
+        if self.shards < 1:
+            raise ConfigError(f"shards must be at least 1, not {self.shards}.")
+        if self.shared < 0:
+            raise ConfigError(f"shared must be at least 0, not {self.shared}.")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must be from 0 to 2**63 - 1, not {self.seed}.")
         if self.method == "granular":
             self._check_shards(E or 0)
         if not 0 <= self.drop <= 1:
             raise ConfigError(f"drop is a share of the hidden units, from 0 to 1, not {self.drop}.")
-        if self.noise is not None and not self.noise >= 0:
-            raise ConfigError(f"noise must be at least 0, not {self.noise}.")
+        if self.noise is not None and not 0 <= self.noise < math.inf:
+            raise ConfigError(f"noise must be a number of at least 0, not {self.noise}.")
         if self.noise and self.method == "copy":
             raise ConfigError(f'method="copy" adds no noise; with noise={self.noise} the method is "noise".')
-        if self.router_std is not None and not self.router_std >= 0:
-            raise ConfigError(f"router_std must be at least 0, not {self.router_std}.")
-        if self.split_scale is not None and not self.split_scale > 0:
-            raise ConfigError(f"split_scale must be above 0, not {self.split_scale}.")
+        if self.router_std is not None and not 0 <= self.router_std < math.inf:
+            raise ConfigError(f"router_std must be a number of at least 0, not {self.router_std}.")
+        if self.split_scale is not None and not 0 < self.split_scale < math.inf:
+            raise ConfigError(f"split_scale must be a number above 0, not {self.split_scale}.")
         only = {"activations": "split", "prompts": "btx"}.get(self.router_init)
         if only not in (None, self.method):
             raise ConfigError(f'router_init="{self.router_init}" belongs to method="{only}", not to "{self.method}".')

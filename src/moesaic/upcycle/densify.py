@@ -105,14 +105,20 @@ def densify(model: Decoder, config: DensifyConfig | None = None, ids_BS: Tensor 
 
 @torch.no_grad()
 def usage_on(model: Decoder, ids_BS: Tensor) -> dict[int, Usage]:
-    """Layer -> what its router does on this text, in evaluation; the model's mode is restored."""
+    """Layer -> what its router does on this text, in evaluation; the model's mode is restored.
+
+    Models routed by task get task 0. Of blocks that run on some of the tokens only, these count; a layer that no
+    token gets to is left out.
+    """
     loads: dict[int, Tensor] = {}
     sums: dict[int, float] = {}
+    tokens: dict[int, int] = {}
     was_training = model.training
     try:
         model.eval()
         for row in range(ids_BS.shape[0]):
-            plans = model(ids_BS[row : row + 1].to(model.embedding.weight.device), last_only=True).plans
+            ids_1S = ids_BS[row : row + 1].to(model.embedding.weight.device)
+            plans = model(ids_1S, task_BS=torch.zeros_like(ids_1S), last_only=True).plans
             for layer, plan in plans.items():
                 if not isinstance(plan, RoutingPlan):
                     raise ConfigError(
@@ -120,9 +126,12 @@ def usage_on(model: Decoder, ids_BS: Tensor) -> dict[int, Usage]:
                     )
                 loads[layer] = loads.get(layer, 0) + plan.counts_E.double().cpu()
                 sums[layer] = sums.get(layer, 0.0) + float(sums_of(plan).sum())
+                tokens[layer] = tokens.get(layer, 0) + (
+                    plan.num_tokens if plan.valid_T is None else int(plan.valid_T.sum())
+                )
     finally:
         model.train(was_training)
-    return {layer: Usage(loads[layer], sums[layer] / ids_BS.numel()) for layer in loads}
+    return {layer: Usage(loads[layer], sums[layer] / tokens[layer]) for layer in loads if tokens[layer]}
 
 
 def _unseen(sparse: MoE, vocab_size: int) -> Usage:

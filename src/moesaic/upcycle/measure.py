@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moesaic.errors import ConfigError
+from moesaic.errors import CheckpointError, ConfigError
 from moesaic.models.decoder import Decoder
 
 SAME = 1e-5
@@ -59,11 +59,17 @@ class Difference:
 
 
 @torch.no_grad()
-def difference(first: Decoder, second: Decoder, ids_BS: Tensor) -> Difference:
+def difference(
+    first: Decoder, second: Decoder, ids_BS: Tensor, names: tuple[str, str] = ("The first model", "The second model")
+) -> Difference:
     """Compare two models of one vocabulary, row by row, in evaluation mode and with activations of at least fp32; both are left
     as they were. Models routed by task get task 0.
 
-    Raises ``ConfigError`` for models of different vocabularies or rows of less than two tokens.
+    Args:
+        names: what errors call the models.
+
+    Raises ``ConfigError`` for models of different vocabularies or rows of less than two tokens, ``CheckpointError`` for a model
+    whose logits are not finite numbers: no distance can be told.
     """
     if first.config.vocab_size != second.config.vocab_size:
         raise ConfigError(
@@ -84,7 +90,12 @@ def difference(first: Decoder, second: Decoder, ids_BS: Tensor) -> Difference:
         for row in range(ids_BS.shape[0]):
             ids_1S = ids_BS[row : row + 1].to(first.embedding.weight.device)
             task_1S = torch.zeros_like(ids_1S)
-            logits = [_wide(model(ids_1S, task_BS=task_1S).logits[0]) for model in (first, second)]
+            logits = []
+            for model, name in zip((first, second), names, strict=True):
+                z_SV = _wide(model(ids_1S, task_BS=task_1S).logits[0])
+                if not z_SV.isfinite().all():
+                    raise CheckpointError(_not_numbers(model, name))
+                logits.append(z_SV)
             most = max(most, float((logits[0] - logits[1]).abs().max()))
             largest = max(largest, float(logits[0].abs().max()))
             log_p, log_q = (z_SV.log_softmax(dim=-1) for z_SV in logits)
@@ -105,6 +116,15 @@ def random_ids(model: Decoder, rows: int = 2, length: int = 128, seed: int = 0) 
     """int64 (rows, length) random tokens of its vocabulary, for where there is no text; cut to its context."""
     length = min(length, model.config.max_seq_len)
     return torch.randint(model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def _not_numbers(model: Decoder, name: str) -> str:
+    held = next((key for key, tensor in model.state_dict().items() if not tensor.isfinite().all()), None)
+    if held is None:
+        return f"{name} gives logits that are not finite numbers although its weights are; they have grown too large."
+    return (
+        f"{name} gives logits that are not finite numbers: {held} holds NaN or infinity; take an undamaged checkpoint."
+    )
 
 
 def _wide(logits_SV: Tensor) -> Tensor:

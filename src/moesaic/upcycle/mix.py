@@ -111,12 +111,9 @@ def _check_alike(models: Sequence[Decoder], config: UpcycleConfig) -> None:
 
 
 def _mean(tensors: Sequence[Tensor]) -> Tensor:
-    """The mean in at least fp32, in the tensors' dtype; equal tensors give themselves, bit for bit."""
-    first = tensors[0]
-    if all(torch.equal(first, other) for other in tensors[1:]):
-        return first.detach().clone()
-    wide = torch.promote_types(first.dtype, torch.float32)
-    total = first.detach().to(wide, copy=True)
+    """The mean, summed in fp64, in the tensors' dtype; what is equal in all comes back bit for bit."""
+    first = tensors[0].detach().double()
+    apart = torch.zeros_like(first)  # the sum of distances from the first: exactly 0 where all are equal
     for other in tensors[1:]:
-        total += other.detach()
-    return (total / len(tensors)).to(first.dtype)
+        apart += other.detach() - first
+    return (first + apart / len(tensors)).to(tensors[0].dtype, copy=True)

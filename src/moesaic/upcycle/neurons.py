@@ -89,17 +89,26 @@ def join(parts: Sequence[Neurons]) -> Neurons:
 
 
 def mean(parts: Iterable[tuple[Neurons, float]]) -> Neurons:
-    """The weighted mean, unit by unit, summed in at least fp32, in the dtype of the parts."""
-    total: dict[str, Tensor] = {}
-    weights, dtype = 0.0, torch.float32
+    """The weighted mean, unit by unit, summed in fp64, in the dtype of the parts; what is equal in all comes back bit for bit.
+
+    Parts of weight 0 are not looked at; not all may be.
+    """
+    first: dict[str, Tensor] = {}
+    apart: dict[str, Tensor] = {}  # the weighted sum of distances from the first: exactly 0 where all are equal
+    weights = 0.0
     for neurons, weight in parts:
-        weights, dtype = weights + weight, neurons.w_out_HD.dtype
+        if not weight:
+            continue
+        weights += weight
         for name in ("w_in_PHD", "w_out_HD", "b_in_PH", "b_out_D"):
             value = getattr(neurons, name)
-            if value is not None:
-                value = value.to(torch.promote_types(value.dtype, torch.float32)) * weight
-                total[name] = total[name] + value if name in total else value
-    return Neurons(**{name: (value / weights).to(dtype) for name, value in total.items()})
+            if value is None:
+                continue
+            if name in first:
+                apart[name] += (value.double() - first[name].double()) * weight
+            else:
+                first[name], apart[name] = value, torch.zeros_like(value, dtype=torch.float64)
+    return Neurons(**{name: (value.double() + apart[name] / weights).to(value.dtype) for name, value in first.items()})
 
 
 def mlp_tensors(neurons: Neurons) -> dict[str, Tensor]:
