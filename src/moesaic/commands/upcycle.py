@@ -137,7 +137,8 @@ def upcycle_command(
     models = [moesaic.load(folder) for folder in folders]
     own = config.router_init == "prompts"
     texts = [_ids(models[0], (source,) if own else text, rows, say) for source in (text if own else text[:1])]
-    seen = torch.cat(texts) if own and texts else texts[0] if texts else None
+    shortest = min((ids_BS.shape[1] for ids_BS in texts), default=0)
+    seen = torch.cat([ids_BS[:, :shortest] for ids_BS in texts]) if texts else None
     made = assemble(models, config, texts) if config.method == "btx" else upcycle(models[0], config, seen)
     shown = random_ids(models[0]) if seen is None else seen
     apart = [difference(model, made, shown, (str(folder), _MADE)) for folder, model in zip(dense, models, strict=True)]
