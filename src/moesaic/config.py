@@ -74,7 +74,7 @@ def load_config_file(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"Cannot read the config file {path}: {error}.") from None
     try:
         data = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except (json.JSONDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # broken JSON or TOML, or a number of thousands of digits
         raise ConfigError(f"{path} is not valid {'TOML' if path.suffix == '.toml' else 'JSON'}: {error}.") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold a table of settings, not {_show(data)}.")
@@ -130,7 +130,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise ConfigError(f"{where} must be a table of settings, not {_show(value)}.")
         return {str(k): _convert(get_args(hint)[1], v, f"{where}.{k}") for k, v in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConfigError(f"{where} must be a number, not {_show(value)}, which is too large for one.") from None
     if hint is type(None):
         if value is not None:
             raise ConfigError(f"{where} must be null, not {_show(value)}.")

@@ -7,7 +7,7 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from moesaic.convert import convert as module
 from moesaic.convert.convert import convert, plan_conversion
 from moesaic.convert.work import work_for
 from moesaic.errors import CheckpointError, ConfigError, MoesaicError
-from tests.command import environment
+from tests.command import call, environment
 from tests.convert.tiny_checkpoint import COMPANIONS, edit_tensors, make_hf, same, tensors_of, tree
 
 ROOT = Path(__file__).parents[2]
@@ -90,9 +90,17 @@ def test_ours_to_ours_changes_the_dtype_alone(tmp_path: Path) -> None:
     assert tree(tmp_path / "b") == tree(tmp_path / "slow")
 
 
-def test_what_fp16_cannot_hold_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [lambda t: t.fill_(7e4), lambda t: t[:2].copy_(torch.tensor([1e6, float("nan")])), lambda t: t[-1:].fill_(-7e4)],
+    ids=["all", "beside a NaN", "the last"],
+)
+def test_what_fp16_cannot_hold_is_refused(
+    tmp_path: Path, change: Callable[[torch.Tensor], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_STRIP", 3)
     source = make_hf(tmp_path / "hf")
-    edit_tensors(source, lambda t: t["model.norm.weight"].fill_(7e4))
+    edit_tensors(source, lambda t: change(t["model.norm.weight"]))
     with pytest.raises(CheckpointError, match=r'"norm.weight" holds values beyond 65504'):
         convert(source, tmp_path / "ours", dtype="fp16")
     assert names(tmp_path) == ["hf"]
@@ -161,16 +169,16 @@ def killed(source: Path, target: Path, dtype: str, stride: int = 1) -> int:
 
 @pytest.mark.parametrize("stride", [11, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_before_any_step_it_goes_on_to_the_same_bits(tmp_path: Path, stride: int) -> None:
-    """The target is at every moment the whole older conversion or the whole new one."""
+    """The target is at every moment absent or whole; killed once it is in its place, the same command finds it there."""
     source = make_hf(tmp_path / "hf", num_layers=1, max_shard_bytes=3000)
-    assert killed(source, tmp_path / "out", "bf16", stride) > 100
+    assert killed(source, tmp_path / "out", "bf16", stride) > 80
 
 
 @pytest.mark.slow
 def test_killed_before_any_step_of_an_export(tmp_path: Path) -> None:
     source = tmp_path / "alone" / "ours"
     convert(make_hf(tmp_path / "hf", num_layers=1), source)
-    assert killed(source, tmp_path / "alone" / "out", "bf16") > 100
+    assert killed(source, tmp_path / "alone" / "out", "bf16") > 80
 
 
 def interrupted(source: Path, target: Path, after: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
@@ -287,6 +295,46 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
         convert(source, tmp_path / "file")
     assert names(tmp_path) == ["file", "hf", "out"]
     assert names(tmp_path / "out") == ["thesis.tex"]
+
+
+def test_another_model_is_never_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = make_hf(tmp_path / "hf")
+    for i, target in enumerate(("mine", "edited", "trained", "other")):
+        convert(source, tmp_path / target, dtype=("fp32", None, None, None)[i])
+    (tmp_path / "edited" / "config.json").write_text((tmp_path / "edited" / "config.json").read_text() + " ")
+    model = mo.load(tmp_path / "trained")
+    model.state_dict()["norm.weight"][-1] += 1  # the same names and shapes, another number
+    mo.save(model, tmp_path / "trained")
+    mo.save(mo.load(make_hf(tmp_path / "hf2", num_layers=1)), tmp_path / "other")
+    before = tree(tmp_path)
+    for target in ("mine", "edited", "trained", "other"):
+        with pytest.raises(
+            MoesaicError, match=f"{target} exists already and is not what .* choose another folder, or remove"
+        ):
+            convert(source, tmp_path / target)
+        done = call(capsys, "convert", str(source), str(tmp_path / target))
+        assert (done.status, done.out, done.err.count("\n")) == (2, "", 1)
+    assert tree(tmp_path) == before
+    with pytest.raises(MoesaicError, match="exists already"), work_for(tmp_path / "mine", plan="x"):
+        raise AssertionError("it began")
+
+
+def test_what_is_there_already_is_said(tmp_path: Path) -> None:
+    """A script that gives its command again is not stopped by its own result, and nothing is touched."""
+    source = make_hf(tmp_path / "hf")
+    (tmp_path / "out").mkdir()  # empty, it is nobody's
+    convert(source, tmp_path / "out", max_shard_bytes=1000)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    (tmp_path / ".out.converting").mkdir()  # of a process killed just before its end
+    seen: list[tuple[int, int]] = []
+    report = convert(
+        source, tmp_path / "out", max_shard_bytes=1000, progress=lambda done, total: seen.append((done, total))
+    )
+    assert report.resumed == report.files == sum(path.suffix == ".safetensors" for path in times)
+    assert "there already, whole and the same to the last bit" in report.lines()[-1]
+    assert seen[-1] == (report.bytes, report.bytes)
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert names(tmp_path) == ["hf", "out"]
 
 
 @pytest.mark.parametrize("target", ["hf", "hf/below", ".", "link"])

@@ -90,7 +90,7 @@ def test_an_unknown_key_is_refused_with_its_value_and_the_nearest_known() -> Non
         found.finish()
     assert str(refused.value) == (
         'config.json: the key "hiden_size" (2) is unknown for this model type, so what it computes is not sure; refused. Did '
-        'you mean "hidden_size"? If it changes nothing, remove it. So are other.'
+        'you mean "hidden_size"? If it changes nothing, remove it. So are "other".'
     )
 
 
@@ -258,13 +258,13 @@ def test_sparse_layers_by_step_and_list() -> None:
     ("data", "words"),
     [
         ({"rope_parameters": {"rope_type": "longrope"}}, '"longrope" is not supported; known: default, linear'),
-        ({"rope_parameters": {"rope_type": "default", "factor": 2.0}}, "the key factor is unknown for this rope type"),
-        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention is unknown"),
+        ({"rope_parameters": {"rope_type": "default", "factor": 2.0}}, 'the key "factor" is unknown for this rope type'),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, '"full_attention" is unknown'),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ({"rope_parameters": {"rope_type": "linear"}}, 'the rope type "linear" needs a factor'),
         ({"rope_parameters": {"rope_type": "linear", "factor": "2"}}, "factor must be a number"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor must be at least 1"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0, "mscale": 1.0}}, "the key mscale is unknown"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "mscale": 1.0}}, 'the key "mscale" is unknown'),
         ({"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "two rotary bases"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}}, "they differ"),
         ({"rope_parameters": [1]}, "must be a table"),

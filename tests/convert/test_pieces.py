@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -17,15 +19,16 @@ from moesaic.convert.pieces import (
     Entry,
     Piece,
     Turn,
-    check_table,
     extract,
     fill,
     rope_pairs,
 )
+from moesaic.convert.places import Marks, check_table, places
 from moesaic.models.build import build_model
 from tests.convert.configs import CONFIGS
 
 sizes = st.integers(1, 5)
+Part = Callable[[torch.Tensor], torch.Tensor]
 
 
 def numbered(*shape: int) -> torch.Tensor:
@@ -76,11 +79,61 @@ def test_extract_is_of_their_shape_and_alone_in_its_memory() -> None:
 
 def test_a_table_that_is_no_match_is_a_mistake_in_the_table() -> None:
     table = [Entry("a", (Piece("x", (2, 3)),))]
-    check_table(table, {"a": (3, 2)})
+    check_table(table, {"a": (2, 3)})
     with pytest.raises(RuntimeError, match=r"\['b'\]"):
-        check_table(table, {"a": (3, 2), "b": (1,)})
-    with pytest.raises(RuntimeError, match="hold 6 numbers for 7"):
+        check_table(table, {"a": (2, 3), "b": (1,)})
+    with pytest.raises(RuntimeError, match="its part of a"):  # as many numbers, of another shape
+        check_table(table, {"a": (3, 2)})
+    with pytest.raises(RuntimeError, match=r"x has the shape \[2, 3\] and its part of a \[7\]"):
         check_table(table, {"a": (7,)})
+
+
+GATE, UP = (lambda w: w[..., :3]), (lambda w: w[..., 3:])
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ((GATE, GATE), "of the 12 numbers of a the pieces leave out 6 and fill 6 more than once"),
+        ((GATE, lambda w: w[..., 2:5]), "leave out 2 and fill 2 more"),
+        ((GATE,), "leave out 6 and fill 0 more"),
+        ((GATE, UP, lambda w: w[1:, 3:]), "leave out 0 and fill 3 more"),
+        ((lambda w: w[..., ::2], lambda w: w[..., 1::2]), "the part of a that x0 fills is no box"),
+        ((lambda w: w.flatten()[:6].view(2, 3), UP), "the part of a that x0 fills is no box"),
+        ((GATE, lambda w: w[:1, 3:].expand(2, 3)), "the part of a that x1 fills is no box"),
+    ],
+    ids=["twice", "overlap", "gap", "further", "steps", "across rows", "repeated"],
+)
+def test_places_that_overlap_or_leave_a_gap_are_refused_by_name(parts: tuple[Part, ...], words: str) -> None:
+    """As many numbers as there are is not enough: the gate half filled twice leaves memory of nobody in the other."""
+    shapes = [tuple(part(torch.empty(2, 6, device="meta")).shape) for part in parts]
+    pieces = tuple(Piece(f"x{i}", shape, part) for i, (shape, part) in enumerate(zip(shapes, parts, strict=True)))
+    with pytest.raises(RuntimeError, match=words):
+        check_table([Entry("a", pieces)], {"a": (2, 6)})
+
+
+def test_one_of_theirs_fills_one_place() -> None:
+    twice = Entry("a", (Piece("x", (2, 3), GATE), Piece("x", (2, 3), UP)))
+    with pytest.raises(RuntimeError, match="a is filled from x twice"):
+        check_table([twice], {"a": (2, 6)})
+
+
+@given(shape=st.lists(sizes, min_size=1, max_size=3), data=st.data())
+def test_marks_count_as_painting_does(shape: list[int], data: st.DataObject) -> None:
+    painted = torch.zeros(shape, dtype=torch.int64)
+    pieces = []
+    for i in range(data.draw(st.integers(0, 4))):
+        cuts = []
+        for size in shape:
+            first = data.draw(st.integers(0, size))
+            cuts.append(slice(first, data.draw(st.integers(first, size))))
+        part = painted[tuple(cuts)]
+        part += 1
+        pieces.append(Piece(f"x{i}", tuple(part.shape), lambda w, cuts=tuple(cuts): w[cuts]))  # type: ignore[misc]
+    marks = Marks(tuple(shape), places(Entry("a", tuple(pieces)), tuple(shape)).values())
+    counts = [int((painted == times).sum()) for times in (0, 1)]
+    assert (marks.never, marks.once, marks.often) == (*counts, painted.numel() - sum(counts))
+    assert marks.whole_rows() == [bool((row == 1).all()) for row in painted]
 
 
 @pytest.mark.parametrize(("family", "variant"), [(f, v) for f, variants in CONFIGS.items() for v in variants])

@@ -29,15 +29,15 @@ COMPANIONS = (
     "chat_template.json",
     "generation_config.json",
 )
-_TEMPLATES = "additional_chat_templates"
+TEMPLATES = "additional_chat_templates"
 _MAX_BYTES = 256 * 2**20
 
 
 def read_companions(folder: Path) -> dict[str, bytes]:
     """Name -> content of the companions that ``folder`` has. Raises ``CheckpointError`` for one that cannot be read."""
     names = [name for name in COMPANIONS if (folder / name).is_file()]
-    if (folder / _TEMPLATES).is_dir():
-        names += sorted(f"{_TEMPLATES}/{path.name}" for path in (folder / _TEMPLATES).glob("*.jinja"))
+    if (folder / TEMPLATES).is_dir():
+        names += sorted(f"{TEMPLATES}/{path.name}" for path in (folder / TEMPLATES).glob("*.jinja"))
     found = {}
     for name in names:
         path = safe_member(folder, name)

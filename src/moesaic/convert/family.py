@@ -120,6 +120,11 @@ def grouped_heads(
     """
     heads, dim = fields["num_heads"], fields["dim"]
     width = keys.whole("head_dim", width_default or (dim // heads if heads else None))
+    if width is not None and width < 1:
+        raise ConfigError(
+            f"{keys.where}: heads must be at least 1 wide, not {width}: correct head_dim, or hidden_size={dim} and "
+            f"num_attention_heads={heads}."
+        )
     as_many = kv_default is None or "num_key_value_heads" in keys.data
     return {"num_kv_heads": keys.whole("num_key_value_heads", heads if as_many else kv_default), "head_dim": width}
 

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.checkpoint.parts import is_sharded
+from moesaic.convert.companions import COMPANIONS, TEMPLATES
 from moesaic.errors import CheckpointError, MoesaicError
 
 # What is fetched: weights, settings, tokenizer, templates. Pickles and code never are; "consolidated" and "original" copies of
 # the weights, which some repositories hold as well, would only double the download.
 WANTED = [
-    "config.json", "manifest.json", "sharded.json", "generation_config.json", "model*.safetensors", "aside*.safetensors",
-    "*.index.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "tokenizer.model", "*.jinja", "chat_template.json",
-]  # fmt: skip
+    *("config.json", "manifest.json", "sharded.json", "model*.safetensors", "aside*.safetensors", "*.index.json"),
+    *COMPANIONS,
+    f"{TEMPLATES}/*.jinja",
+]
 UNWANTED = ["*/*.safetensors", "*/*.json", "*.bin", "*.pt", "*.pth", "*.py", "original/*"]
 _ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 
@@ -33,6 +34,8 @@ def resolve(source: str | os.PathLike[str], download: bool = True) -> Path:
     Raises ``MoesaicError`` (a sentence) where the hub has no such repository, does not let us in, or cannot be reached.
     ``HF_HUB_OFFLINE=1`` uses what was downloaded before.
     """
+    if not os.fspath(source):
+        raise MoesaicError("The name of the model is empty; give a folder, or OWNER/NAME on the Hugging Face hub.")
     path = Path(source)
     found = _ID.fullmatch(source) if isinstance(source, str) else None
     if found is None or os.path.lexists(path) or (found["revision"] is None and path.parent.is_dir()):

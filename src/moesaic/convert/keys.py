@@ -17,6 +17,8 @@ from moesaic.checkpoint.untrusted import show
 from moesaic.errors import ConfigError, nearest
 
 _REQUIRED: Any = object()
+WHOLE_LIMIT = 2**53  # what any reader of JSON holds exactly, and beyond every size there is
+_DEEPEST = 50  # tables and lists in one another, of a key that is only kept
 
 # Known to every family and without effect on what a model computes.
 CARRIED = (
@@ -31,8 +33,12 @@ CARRIED = (
     "task_specific_params", "temperature", "tokenizer_class", "top_k", "top_p", "torch_dtype", "transformers_version",
     "typical_p", "use_cache",
 )  # fmt: skip
-# Names code that came with the checkpoint. Published beside model types that are known without it; never followed nor written.
-DROPPED = ("auto_map",)
+# Neither followed nor written: code that came with the checkpoint, published beside model types that are known without it;
+# and a note of transformers 4.4x to itself that it has chosen how attention is computed.
+DROPPED = {
+    "auto_map": "names code that came with the checkpoint",
+    "_attn_implementation_autoset": "says which implementation of attention somebody else chose",
+}
 # These would have somebody's code run, or name an implementation.
 REFUSED = ("trust_remote_code", "custom_pipelines", "_attn_implementation_internal")
 
@@ -68,7 +74,7 @@ class Keys:
         value = self.get(name, default)
         if value is not default and (not isinstance(value, int) or isinstance(value, bool)):
             raise ConfigError(f"{self.where}: {name} must be a whole number, not {show(value)}.")
-        if value is not default and abs(value) >= 2**53:
+        if value is not default and abs(value) >= WHOLE_LIMIT:
             raise ConfigError(f"{self.where}: {name}={show(value)} is impossible.")
         return value
 
@@ -77,7 +83,7 @@ class Keys:
         value = self.get(name, default)
         if value is default:
             return value
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not _is_finite(value):
             raise ConfigError(f"{self.where}: {name} must be a number, not {show(value)}.")
         return float(value)
 
@@ -95,6 +101,8 @@ class Keys:
             return value
         if not isinstance(value, list) or not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
             raise ConfigError(f"{self.where}: {name} must be a list of whole numbers, not {show(value)}.")
+        if any(abs(v) >= WHOLE_LIMIT for v in value):
+            raise ConfigError(f"{self.where}: {name}={show(value)} is impossible.")
         return tuple(value)
 
     def choice(self, name: str, choices: Mapping[str, Any], default: Any = _REQUIRED) -> Any:
@@ -116,6 +124,13 @@ class Keys:
         if name in self.data:
             self.carried[name] = self.data[name]
 
+    def text(self, name: str, default: Any = _REQUIRED) -> Any:
+        """A word."""
+        value = self.get(name, default)
+        if value is not default and not isinstance(value, str):
+            raise ConfigError(f"{self.where}: {name} must be a text, not {show(value)}.")
+        return value
+
     def carry(self, *names: str) -> None:
         """Note keys that change nothing of what is computed."""
         self.carried.update({name: self.data[name] for name in names if name in self.data})
@@ -124,6 +139,9 @@ class Keys:
         """Raise ``ConfigError`` unless every key was asked for."""
         self.carry(*CARRIED)
         self.dropped = [name for name in DROPPED if name in self.data]
+        for name, value in self.carried.items():  # they are written again
+            if not _is_plain(value):
+                raise ConfigError(f"{self.where}: {name}={show(value)} is no value of JSON that others could read.")
         known = {*self.mapped, *self.carried, *self.dropped}
         for name in REFUSED:
             if name in self.data:
@@ -133,5 +151,21 @@ class Keys:
             raise ConfigError(
                 f"{self.where}: the key {show(unknown[0])} ({show(self.data[unknown[0]])}) is unknown for this model type, so "
                 f"what it computes is not sure; refused.{nearest(unknown[0], known)} If it changes nothing, remove it."
-                + (f" So are {', '.join(unknown[1:4])}." if len(unknown) > 1 else "")
+                + (f" So are {', '.join(map(show, unknown[1:4]))}." if len(unknown) > 1 else "")
             )
+
+
+def _is_finite(value: float) -> bool:
+    """Whether a float holds it; a whole number may be too large for one."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    """Whether strict JSON holds it: no NaN or infinity, which Python's reader lets through."""
+    if isinstance(value, dict | list):
+        inner = value.values() if isinstance(value, dict) else value
+        return depth < _DEEPEST and all(_is_plain(v, depth + 1) for v in inner)
+    return not isinstance(value, float) or math.isfinite(value)

@@ -10,7 +10,7 @@ is ever computed, so a tensor that went there and back is the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -81,14 +81,3 @@ def fill(ours: Tensor, piece: Piece, theirs: Tensor) -> None:
 def extract(ours: Tensor, piece: Piece) -> Tensor:
     """Their tensor out of ours: contiguous, memory of its own unless it is all of ours."""
     return piece.turn.there(piece.part(ours)).contiguous().view(piece.shape)
-
-
-def check_table(table: Iterable[Entry], shapes: Mapping[str, Shape]) -> None:
-    """Raise ``RuntimeError`` (a mistake in a family's table) unless it fills exactly the tensors of ``shapes``, each wholly."""
-    entries = {entry.ours: entry for entry in table}
-    if entries.keys() != shapes.keys():
-        raise RuntimeError(f"the table and the model differ in {sorted(entries.keys() ^ shapes.keys())[:5]}")
-    for name, shape in shapes.items():
-        filled = sum(torch.Size(piece.shape).numel() for piece in entries[name].pieces)
-        if filled != torch.Size(shape).numel():
-            raise RuntimeError(f"the pieces of {name} hold {filled} numbers for {torch.Size(shape).numel()}")

@@ -21,11 +21,13 @@ from moesaic.checkpoint.aside import Aside
 from moesaic.checkpoint.native import MAX_LAYERS, empty_model, materialise, target_dtypes, tied_names
 from moesaic.checkpoint.shards import TensorInfo, find_tensors, names_in_words, refuse_pickle
 from moesaic.checkpoint.untrusted import read_json, safe_member, show
-from moesaic.convert.coverage import Coverage, Share
+from moesaic.convert.account import account
+from moesaic.convert.coverage import Coverage
 from moesaic.convert.families import FAMILIES
 from moesaic.convert.family import Family, Layout, as_released
 from moesaic.convert.keys import Keys
-from moesaic.convert.pieces import Entry, check_table, fill
+from moesaic.convert.pieces import Entry, Piece, fill
+from moesaic.convert.places import check_table
 from moesaic.convert.storage import Stored, stored_tensors
 from moesaic.errors import CheckpointError, ConfigError, nearest
 from moesaic.models.config import ModelConfig, pick
@@ -34,8 +36,17 @@ from moesaic.ops.pages import prefer_huge
 
 
 @dataclass(frozen=True)
+class Differences:
+    """Names of tensors in which a checkpoint and its config differ: absent there, of no place here, of another shape."""
+
+    missing: list[str]
+    unexpected: list[str]
+    wrong: list[str]
+
+
+@dataclass(frozen=True)
 class Foreign:
-    """An opened checkpoint that is known to fit, to the last tensor and key; no tensor has been read.
+    """An opened checkpoint, understood to the last key; no tensor has been read. From ``open_folder`` it is known to fit.
 
     Attributes:
         config, family, layout, table: what it is.
@@ -68,6 +79,28 @@ class Foreign:
     def shapes(self) -> dict[str, torch.Size]:
         """Our name -> shape."""
         return {name: tensor.shape for name, tensor in self.model.state_dict().items()}
+
+    @cached_property
+    def pieces(self) -> dict[str, Piece]:
+        """Their name -> the piece, of all the config asks for."""
+        return {piece.theirs: piece for entry in self.table for piece in entry.pieces}
+
+    def differences(self) -> Differences:
+        """How the tensors that are stored differ from those the config asks for, by name and shape."""
+        apart = {*self.aside, *self.repeated}
+        wrong = [n for n, p in self.pieces.items() if n in self.stored and self.stored[n].shape != p.shape]
+        for name, other in self.repeated.items():
+            if other in self.pieces and self.stored[name].shape != self.pieces[other].shape:
+                wrong.append(name)
+        return Differences(
+            [name for name in self.pieces if name not in self.stored],
+            [name for name in self.stored if name not in self.pieces and name not in apart],
+            wrong,
+        )
+
+    def leftovers(self) -> list[Path]:
+        """Files that look like a part of the model and are not: shards of another save."""
+        return leftovers(self.folder, {info.file.name for info in self.infos.values()})
 
     def held(self) -> dict[str, torch.dtype]:
         """Our name -> the dtype its pieces are stored in, fp32 where they differ."""
@@ -104,67 +137,16 @@ class Foreign:
                 )
 
     def coverage(self) -> Coverage:
-        """What was used, counted from the pieces."""
-        used = {name for entry in self.table for piece in entry.pieces for name in self.stored[piece.theirs].raw}
-        rest = {name for alone in (*self.aside, *self.repeated) for name in self.stored[alone].raw}
-        raw = {name: s for s in self.stored.values() for name in s.raw}
-        sizes = {name: torch.Size(s.shape).numel() for name, s in self.stored.items()}
-        total = {name for name in raw if name not in rest}
-        filled = sum(torch.Size(p.shape).numel() for entry in self.table for p in entry.pieces)
-        kept = sum(n for name, n in sizes.items() if name not in self.aside and name not in self.repeated)
-        width = {name: s.dtype.itemsize for name, s in self.stored.items()}
-        read = sum(sizes[p.theirs] * width[p.theirs] for entry in self.table for p in entry.pieces)
-        there = sum(
-            n * width[name] for name, n in sizes.items() if name not in self.aside and name not in self.repeated
-        )
-        experts = sum(layer.router.num_experts for layer in self.model.moe_layers().values())
-        found = _experts_filled(self.table, self.model)
-        return Coverage(
-            tensors=Share(len(used & total), len(total)),
-            parameters=Share(filled, kept),
-            bytes=Share(read, there),
-            experts=Share(found, experts),
-            config_keys=Share(len({*self.keys.mapped, *self.keys.carried, *self.keys.dropped}), len(self.keys.data)),
-            mapped=tuple(dict.fromkeys(self.keys.mapped)),
-            carried=tuple(self.keys.carried),
-            aside=self.aside,
-            aside_parameters=sum(sizes[name] for name in self.aside),
-            repeated=tuple(self.repeated),
-            notes=tuple(
-                f"{name} names code that came with the checkpoint: not followed, and left out of what is written"
-                for name in self.keys.dropped
-            ),
-        )
+        """What was used, counted by the places the pieces go to."""
+        moe = self.config.moe
+        experts = 0 if moe is None else sum(pick(moe.num_experts, i) for i in range(len(self.config.moe_layers)))
+        shapes = {tied[0]: tuple(self.shapes[tied[0]]) for tied in tied_names(self.model)}
+        return account(self.table, shapes, experts, self.stored, self.aside, self.repeated, self.keys)
 
 
-def _experts_filled(table: list[Entry], model: Decoder) -> int:
-    """Experts all of whose numbers are filled, counted through the pieces' own views of the stacks."""
-    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items() if ".experts." in name}
-    filled: dict[tuple[str, int], int] = {}
-    for entry in table:
-        if entry.ours not in shapes:
-            continue
-        shape = shapes[entry.ours]
-        # Every number of expert e holds e; nothing is allocated, and a view says whose part it is.
-        owner = torch.arange(shape[0]).view(-1, *[1] * (len(shape) - 1)).expand(shape)
-        for piece in entry.pieces:
-            part = piece.part(owner)
-            if not part.numel():
-                continue
-            stacked = part.dim() == len(shape)  # the view still has the dimension of experts
-            while part.dim() > stacked:
-                part = part.select(-1, 0)
-            owners = part.reshape(-1)
-            for expert in owners.tolist():
-                at = (entry.ours, expert)
-                filled[at] = filled.get(at, 0) + torch.Size(piece.shape).numel() // len(owners)
-    stacks: dict[tuple[str, int], bool] = {}
-    for name, shape in shapes.items():
-        for expert in range(shape[0]):
-            whole = filled.get((name, expert), 0) == torch.Size(shape[1:]).numel()
-            layer = (name.rpartition(".")[0], expert)
-            stacks[layer] = stacks.get(layer, True) and whole
-    return sum(stacks.values())
+def leftovers(folder: Path, used: set[str]) -> list[Path]:
+    """Files of ``folder`` that are named like parts of a model and are not among those ``used``."""
+    return [path for path in sorted(folder.glob("model*.safetensors")) if path.name not in used]
 
 
 def is_foreign(folder: Path) -> bool:
@@ -190,6 +172,10 @@ def _understood(folder: Path) -> tuple[Family, ModelConfig, Keys]:
         raise CheckpointError(f"{path}: models of type {show(kind)} are not read; known: {', '.join(FAMILIES)}.{hint}")
     family = FAMILIES[kind]
     named = data.get("architectures")
+    if named is not None and not isinstance(named, list):
+        raise CheckpointError(
+            f'{path}: architectures must be a list, such as ["{family.architecture}"], not {show(named)}.'
+        )
     if named not in (None, [], [family.architecture]):
         raise CheckpointError(
             f"{path} describes {show(named)}; of this model type moesaic reads {family.architecture} alone."
@@ -210,13 +196,26 @@ def open_folder(folder: Path) -> Foreign:
     Raises ``CheckpointError`` naming the tensor that is missing, unexpected or of the wrong shape, and ``ConfigError`` naming
     the key that is unknown or impossible.
     """
+    found = survey(folder)
+    for path in found.leftovers():
+        raise CheckpointError(
+            f"{path} is not among the files of this checkpoint, so it seems to be left over from another; move it away."
+        )
+    _refuse(found)
+    return found
+
+
+def survey(folder: Path) -> Foreign:
+    """What a Hugging Face folder holds beside what its config asks for, from the headers alone; whether it fits is not judged.
+
+    Raises ``CheckpointError`` or ``ConfigError`` for headers and configs that say nothing one could compare.
+    """
     if not folder.is_dir():
         raise CheckpointError(f"There is no folder {folder}.")
     if not any(os.path.lexists(folder / f"model.safetensors{end}") for end in ("", ".index.json")):
         refuse_pickle(folder)  # beside safetensors they are never opened
     family, config, keys = _understood(folder)
     infos = find_tensors(folder, "model")
-    _refuse_leftovers(folder, {info.file.name for info in infos.values()})
     if config.num_layers > len(infos):  # before building thousands of empty layers
         raise CheckpointError(
             f"{folder} has {len(infos)} tensors, too few for the {config.num_layers} layers of its config."
@@ -233,17 +232,7 @@ def open_folder(folder: Path) -> Foreign:
     repeated = {}
     if config.tie_embeddings and "lm_head.weight" in there:
         repeated["lm_head.weight"] = "model.embed_tokens.weight"
-    _match(folder, table, there, set(aside), repeated)
     return Foreign(folder, config, family, layout, keys, table, there, aside, repeated, model, infos)
-
-
-def _refuse_leftovers(folder: Path, used: set[str]) -> None:
-    """Raise ``CheckpointError`` for files that look like a part of the model and are not: shards of another save."""
-    for path in sorted(folder.glob("model*.safetensors")):
-        if path.name not in used:
-            raise CheckpointError(
-                f"{path} is not among the files of this checkpoint, so it seems to be left over from another; move it away."
-            )
 
 
 def _best_layout(family: Family, config: ModelConfig, keys: Keys, names: set[str]) -> tuple[Layout, list[Entry]]:
@@ -264,29 +253,27 @@ def _best_layout(family: Family, config: ModelConfig, keys: Keys, names: set[str
     return best, tables[best]
 
 
-def _match(
-    folder: Path, table: list[Entry], there: dict[str, Stored], aside: set[str], repeated: dict[str, str]
-) -> None:
-    pieces = {piece.theirs: piece for entry in table for piece in entry.pieces}
-    missing = [name for name in pieces if name not in there]
-    unknown = [name for name in there if name not in pieces and name not in aside and name not in repeated]
-    if missing:
-        near = nearest(missing[0], unknown) if unknown else ""
+def _refuse(found: Foreign) -> None:
+    """Raise ``CheckpointError`` naming the tensor that is missing, unexpected, or of the wrong shape or type."""
+    differ, folder, there = found.differences(), found.folder, found.stored
+    if differ.missing:
+        near = nearest(differ.missing[0], differ.unexpected) if differ.unexpected else ""
         raise CheckpointError(
-            f"{folder} lacks {len(missing)} tensors that its config asks for: {names_in_words(missing)}.{near}"
+            f"{folder} lacks {len(differ.missing)} tensors that its config asks for: {names_in_words(differ.missing)}.{near}"
         )
-    if unknown:
+    if differ.unexpected:
         raise CheckpointError(
-            f"{folder} holds {len(unknown)} tensors that its config has no place for: {names_in_words(unknown)}. "
-            "Either the config is another model's or something of the model would be lost; refused."
+            f"{folder} holds {len(differ.unexpected)} tensors that its config has no place for: "
+            f"{names_in_words(differ.unexpected)}. Either the config is another model's or something of the model would be "
+            "lost; refused."
         )
-    wrong = [name for name, piece in pieces.items() if there[name].shape != piece.shape]
-    if wrong:
+    if differ.wrong:
+        first = differ.wrong[0]
         raise CheckpointError(
-            f"{folder}: {len(wrong)} tensors have the wrong shape, first {show(wrong[0])}: {list(there[wrong[0]].shape)} "
-            f"there, {list(pieces[wrong[0]].shape)} by the config."
+            f"{folder}: {len(differ.wrong)} tensors have the wrong shape, first {show(first)}: {list(there[first].shape)} "
+            f"there, {list(found.pieces[found.repeated.get(first, first)].shape)} by the config."
         )
-    odd = [name for name in pieces if not there[name].dtype.is_floating_point]
+    odd = [name for name in found.pieces if not there[name].dtype.is_floating_point]
     if odd:
         raise CheckpointError(f"{folder}: the tensor {show(odd[0])} is {there[odd[0]].dtype}, not a floating type.")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from moesaic.convert.keys import Keys
+from moesaic.checkpoint.untrusted import show
+from moesaic.convert.keys import WHOLE_LIMIT, Keys
 from moesaic.errors import ConfigError
 from moesaic.models.config import ModelConfig
 from moesaic.nn.rope import RopeScaling
@@ -39,13 +40,13 @@ def read_rope(keys: Keys, theta_default: float, longest: int) -> tuple[float, Ro
     if table is None:
         return theta_default if theta is None else theta, None
     if not isinstance(table, dict):
-        raise ConfigError(f"{keys.where}: rope_parameters must be a table of settings.")
+        raise ConfigError(f"{keys.where}: rope_parameters must be a table of settings, not {show(table)}.")
     inner = Keys(table, f"{keys.where}: rope_parameters")
     own = inner.number("rope_theta", None)
     if own is not None and theta is not None and own != theta:
         raise ConfigError(f"{keys.where} gives two rotary bases, rope_theta={theta} and {own}; keep one.")
     theta = own if own is not None else theta_default if theta is None else theta
-    kind: Any = inner.get("rope_type", None) or inner.get("type", None) or "default"
+    kind: Any = inner.text("rope_type", None) or inner.text("type", None) or "default"
     inner.carry("rope_type", "type")
     inner.fixed("partial_rotary_factor", 1.0)
     if kind == "default":
@@ -53,7 +54,7 @@ def read_rope(keys: Keys, theta_default: float, longest: int) -> tuple[float, Ro
         return theta, None
     if kind not in _ROPE_FIELDS_OF:
         raise ConfigError(
-            f'{keys.where}: the rope type "{kind}" is not supported; known: default, {", ".join(_ROPE_FIELDS_OF)}.'
+            f"{keys.where}: the rope type {show(kind)} is not supported; known: default, {', '.join(_ROPE_FIELDS_OF)}."
         )
     values: dict[str, Any] = {}
     for name in _ROPE_FIELDS_OF[kind]:
@@ -65,10 +66,19 @@ def read_rope(keys: Keys, theta_default: float, longest: int) -> tuple[float, Ro
     if kind != "linear":
         original = longest if original is None or kind == "dynamic" else original
         values["original_max_seq_len"] = original
+        if original < 1:
+            raise ConfigError(
+                f"{keys.where}: the context a model was trained with must be at least 1, not {original} "
+                f"({'max_position_embeddings' if original is longest else 'original_max_position_embeddings'})."
+            )
     if factor is None and kind == "yarn":
         factor = longest / original
     if factor is None:
         raise ConfigError(f'{keys.where}: the rope type "{kind}" needs a factor.')
+    if kind == "dynamic" and factor * longest >= WHOLE_LIMIT:
+        raise ConfigError(
+            f"{keys.where}: the rope type dynamic stretches {longest} tokens by factor={factor}, which is impossible."
+        )
     _finish_rope(inner)
     return theta, RopeScaling(kind=kind, factor=factor, **values)
 
@@ -76,7 +86,7 @@ def read_rope(keys: Keys, theta_default: float, longest: int) -> tuple[float, Ro
 def _finish_rope(inner: Keys) -> None:
     unknown = sorted(set(inner.data) - {*inner.mapped, *inner.carried})
     if unknown:
-        raise ConfigError(f"{inner.where}: the key {unknown[0]} is unknown for this rope type; refused.")
+        raise ConfigError(f"{inner.where}: the key {show(unknown[0])} is unknown for this rope type; refused.")
 
 
 def write_rope(config: ModelConfig) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def stored_tensors(infos: Mapping[str, TensorInfo], quantisation: Any = None) ->
         _refuse_unscaled(infos)
         return {name: _plain(name, info) for name, info in infos.items()}
     keys = _keys(quantisation)
-    method = keys.get("quant_method")
+    method = keys.text("quant_method")
     if method not in _METHODS:
         raise ConfigError(
             f"{keys.where}: weights quantised by {show(method)} are not read, only {' and '.join(_METHODS)}; use the "

@@ -18,8 +18,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from moesaic.checkpoint.atomic import atomic_file, publish, refuse_foreign, settle, sha256_of, sweep
+from moesaic.checkpoint.atomic import atomic_file, publish, sha256_of, sweep
 from moesaic.checkpoint.untrusted import read_json
+from moesaic.convert.finished import refused, stands
 from moesaic.errors import CheckpointError, MoesaicError, disk_errors
 
 try:
@@ -77,13 +78,13 @@ def work_for(
     """Where to make ``final``; leaving without an error puts it in its place with a manifest.
 
     What is finished stays after a kill, Ctrl-C or a disk that refuses (unless ``resume`` is false); after any other error
-    nothing does. Raises ``MoesaicError`` where the disk refuses, ``final`` is not ours to replace, or another process makes it.
+    nothing does. Raises ``MoesaicError`` where the disk refuses, ``final`` is there already, or another process makes it.
     """
     final = Path(os.path.realpath(final))
     work = Work(final.parent / f".{final.name}.converting", plan)
     with disk_errors(final):
-        settle(final)
-        refuse_foreign(final)
+        if stands(final):
+            raise refused(final)
         final.parent.mkdir(parents=True, exist_ok=True)
         with _lock(final):
             sweep(final.parent, final.name)
@@ -103,6 +104,14 @@ def work_for(
             finally:
                 if not keep:
                     shutil.rmtree(work.folder, ignore_errors=True)
+
+
+def forget(final: Path) -> None:
+    """Remove what a process left that was killed once ``final`` was in its place."""
+    final = Path(os.path.realpath(final))
+    with disk_errors(final), _lock(final):
+        sweep(final.parent, final.name)
+        shutil.rmtree(final.parent / f".{final.name}.converting", ignore_errors=True)
 
 
 def _reason(error: OSError, final: Path) -> str:

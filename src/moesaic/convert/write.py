@@ -21,12 +21,13 @@ from moesaic.checkpoint.atomic import atomic_folder
 from moesaic.checkpoint.native import config_differences, tied_names
 from moesaic.checkpoint.shards import MAX_SHARD_BYTES, find_tensors
 from moesaic.checkpoint.stream import Slot, plan_shards, write_shards
-from moesaic.checkpoint.untrusted import safe_member
+from moesaic.checkpoint.untrusted import safe_member, show
 from moesaic.convert.families import FAMILIES
 from moesaic.convert.family import Family, Layout
 from moesaic.convert.keys import DROPPED, REFUSED, Keys
 from moesaic.convert.meaning import meaning
-from moesaic.convert.pieces import Entry, check_table, extract
+from moesaic.convert.pieces import Entry, extract
+from moesaic.convert.places import check_table
 from moesaic.errors import ConfigError, MoesaicError
 from moesaic.models.config import ModelConfig
 from moesaic.models.decoder import Decoder
@@ -84,13 +85,12 @@ def plan_export(
     config: ModelConfig, source: dict[str, Any] | None = None, family: str | None = None, layout: Layout | None = None
 ) -> Export:
     """Decide how ``config`` is written. ``source``: what was remembered of where the model came from."""
-    remembered = source or {}
+    origin, kept = _remembered(source)
     name = family
-    origin = remembered.get("family")
     if name is None and origin in FAMILIES and _written(FAMILIES[origin], config)[0] is None:
         name = origin
     chosen, written = family_for(config, name)
-    carried = dict(remembered.get("config", {})) if origin == chosen.model_type else {}
+    carried = dict(kept) if origin == chosen.model_type else {}
     for stale in (
         "dtype",
         "torch_dtype",
@@ -110,9 +110,29 @@ def plan_export(
         "model_type": chosen.model_type,
         **written,  # null included: an absent key would mean the family's default
     }
+    if carried:  # they came from a folder that may be anyone's
+        _check_kept(chosen, values, config)
     # What a written key says does not count as carried.
     silent = {key: value for key, value in carried.items() if key not in written}
     return Export(chosen, values, chosen.table(config, wanted, silent))
+
+
+def _remembered(source: dict[str, Any] | None) -> tuple[str | None, dict[str, Any]]:
+    """The family and the config keys that ``model.source`` names. Raises ``ConfigError`` for other kinds of values."""
+    found = Keys(source or {}, "source (where a moesaic folder's config.json says what its model came from)")
+    kept = found.get("config", {})
+    if not isinstance(kept, dict):
+        raise ConfigError(f"{found.where}: config must be a table of settings, not {show(kept)}.")
+    return found.text("family", None), kept
+
+
+def _check_kept(family: Family, values: dict[str, Any], config: ModelConfig) -> None:
+    """Raise ``ConfigError`` where keys kept from import are not all known, or would make it another model."""
+    keys = Keys(json.loads(json.dumps(values)), "source.config of the moesaic folder's config.json")
+    again = family.read(keys)
+    keys.finish()
+    if differences := config_differences(meaning(again), meaning(config)):
+        raise ConfigError(f"{keys.where} does not go with the model beside it: {differences[0]}. Correct or remove it.")
 
 
 def write_hf(

@@ -67,6 +67,15 @@ class RopeScaling:
 
         if self.attention_factor is not None and not 0 < self.attention_factor < math.inf:
             raise ConfigError(f"rope_scaling.attention_factor must be above 0, not {self.attention_factor}.")
+        try:
+            usable = all(0 < scale < math.inf for scale in (self.table_scale, self.score_scale))
+        except (OverflowError, ZeroDivisionError):
+            usable = False
+        if not usable:
+            raise ConfigError(
+                f"rope_scaling.mscale={self.mscale} and mscale_all_dim={self.mscale_all_dim} must give factors above 0 that a "
+                "number can hold; published ones are about 1."
+            )
 
     def check(self, rope_dim: int, theta: float) -> None:
         """Raises ``ConfigError`` where the formula has no value for these frequencies."""

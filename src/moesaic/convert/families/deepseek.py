@@ -34,7 +34,7 @@ from moesaic.convert.pieces import SAME, Entry, Piece, rope_pairs
 from moesaic.errors import ConfigError
 from moesaic.models.config import LatentConfig, ModelConfig, MoEConfig, RouterConfig, pick
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\..+")
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\..+")
 
 
 # ---- config keys ----
