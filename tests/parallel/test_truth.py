@@ -11,6 +11,7 @@ import pytest
 from torch import Tensor
 
 from moesaic.layout import ParallelConfig as Of
+from moesaic.models.config import DepthConfig
 from moesaic.plan.capacity import CapacityRule
 from tests.distributed import run_distributed
 from tests.parallel.truth import Case, run_cases
@@ -39,6 +40,9 @@ EVERY_LOSS = {
     },
 }
 SKEW, STARVE = {"edit": "skew"}, {"edit": "starve"}
+LONELY = dict.fromkeys((0, 1), ((0, 1, 2, 3, 4, 5, 6), (7,)))  # the last expert alone
+QUANTILE = {"score": "sigmoid", "balance_bias": True, "bias_rule": "quantile"}
+DEPTH = {"depth": DepthConfig(capacity=0.5, allow_leak=True)}
 
 # name: (processes, case). Layouts first: each is also run in fp32 and over 20 steps.
 LAYOUTS: dict[str, tuple[int, Case]] = {
@@ -78,6 +82,10 @@ SETTINGS: dict[str, tuple[int, Case]] = {
     "skewed routing": (2, Case("", EP, **SKEW)),  # type: ignore[arg-type]
     "skewed routing, ep4": (4, Case("", Of(ep=4), accumulate=2, **SKEW)),  # type: ignore[arg-type]
     "an expert nobody uses": (4, Case("", Of(ep=4), **STARVE)),  # type: ignore[arg-type]
+    "a rank whose experts nobody uses": (2, Case("", EP, placements=LONELY, **STARVE)),  # type: ignore[arg-type]
+    "the same in chunks": (2, Case("", Of(ep=2, chunks=3), {"shared": 1}, placements=LONELY, **STARVE)),  # type: ignore[arg-type]
+    "the same padded": (2, Case("", Of(ep=2, padded=True), placements=LONELY, **STARVE)),  # type: ignore[arg-type]
+    "the same recomputed": (2, Case("", EP, placements=LONELY, recompute=True, accumulate=3, **STARVE)),  # type: ignore[arg-type]
     "an expert nobody uses, fsdp": (4, Case("", Of(ep=2, fsdp=True), **STARVE)),  # type: ignore[arg-type]
     "a rank with padding alone": (2, Case("", EP, short=2)),
     "a rank without rows": (2, Case("", EP, batch=1)),
@@ -109,16 +117,15 @@ SETTINGS: dict[str, tuple[int, Case]] = {
             steps=5,
         ),
     ),
-    "bias balancing, quantile": (
-        2,
-        Case(
-            "",
-            Of(pp=2),
-            router={"score": "sigmoid", "balance_bias": True, "bias_rule": "quantile"},
-            steps=5,
-            accumulate=2,
-        ),
+    "bias balancing, quantile": (2, Case("", Of(), router=QUANTILE, steps=5, accumulate=2, short=1)),
+    "bias balancing, quantile, ep2": (4, Case("", EP, router=QUANTILE, steps=5)),
+    "bias balancing, quantile, pp2": (2, Case("", Of(pp=2), router=QUANTILE, steps=5, accumulate=2)),
+    "experts that come and go": (
+        4,
+        Case("", EP, router={"threshold": 0.4, "adapt_every": 2}, router_name="top_any", steps=5, accumulate=2),
     ),
+    "depth": (2, Case("", EP, model=FOUR_LAYERS | DEPTH, accumulate=2, short=1)),
+    "depth, pp2 x fsdp2": (4, Case("", Of(pp=2, fsdp=True), model=FOUR_LAYERS | DEPTH, accumulate=2)),
     "every loss": (2, Case("", EP, EVERY_LOSS, accumulate=3, short=1)),
     "every loss, pp2 x dp2": (4, Case("", Of(pp=2), EVERY_LOSS, accumulate=3)),
     "scope sequence": (2, Case("", EP, {"loss_scope": "sequence"}, accumulate=3)),
@@ -143,9 +150,11 @@ def _named(cases: dict[str, tuple[int, Case]], world: int, **changes: object) ->
     return [replace(case, name=name, **changes) for name, (size, case) in cases.items() if size == world]
 
 
-def _check(world: int, cases: list[Case], tolerance: float, moments: float | None = None) -> None:
+def _check(
+    world: int, cases: list[Case], tolerance: float, moments: float | None = None, timeout: float = 110.0
+) -> None:
     limits = {"load": 0.0, "moment": moments or tolerance}
-    found: list[dict[str, Tensor]] = run_distributed(world, run_cases, cases, world, timeout=110.0)
+    found: list[dict[str, Tensor]] = run_distributed(world, run_cases, cases, world, timeout=timeout)
     wrong = {
         f"rank {rank}, {what}": float(value)
         for rank, answer in enumerate(found)
@@ -164,6 +173,24 @@ def test_layouts(world: int) -> None:
 @pytest.mark.parametrize("world", [2, 4])
 def test_settings(world: int) -> None:
     _check(world, _named(SETTINGS, world, dtype=FP64), 1e-12)
+
+
+COMPILED: dict[str, tuple[int, Case]] = {
+    "compiled, tp2": (2, Case("", Of(tp=2, compile=True))),
+    "compiled, pp2, recomputed": (2, Case("", Of(pp=2, compile=True), {"shared": 1}, recompute=True, accumulate=2)),
+    "compiled, fsdp2 x ep2": (4, Case("", Of(ep=2, fsdp=True, compile=True), {"shared": 1})),
+    "compiled, fsdp2 x ep2, recomputed": (
+        4,
+        Case("", Of(ep=2, fsdp=True, compile=True), {"dense_first": 1}, recompute=True),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("world", [2, 4])
+def test_compiled(world: int) -> None:
+    _check(world, _named(COMPILED, world, dtype=FP64), 1e-12, timeout=580.0)
 
 
 FP32 = (1e-6, 3e-6)  # moments are squares of gradients too: twice their error, summed up over the steps

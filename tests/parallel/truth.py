@@ -6,13 +6,16 @@ one on the same rows, then compares every gradient, weight and moment it holds w
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from moesaic.data.packing import IGNORE, Batch
 from moesaic.layout import Layout, ParallelConfig
@@ -27,7 +30,7 @@ from moesaic.parallel.world import World
 from moesaic.plan.placement import Placement
 from moesaic.train.optim import OptimConfig, make_optimizer
 from moesaic.train.reading import StepReading
-from moesaic.train.recompute import recompute_activations
+from moesaic.train.recompute import RecomputedDispatch, RecomputedForward, recompute_activations
 from moesaic.train.step import train_step
 
 # Adam's first step is g / (|g| + eps): with the usual 1e-8 a gradient that is 0 but for rounding moves its weight by the whole
@@ -43,8 +46,8 @@ class Case:
     Attributes:
         parallel: the layout. moe: changes to the sparse layers. model: changes to the model.
         batch: rows of a micro-batch. accumulate: micro-batches of a step. steps: how many.
-        edit: changes both models before training ("skew": one expert takes nearly all; "starve": an expert gets no token;
-            "zipf": the more the lower its number, for routers with ``gate_bias``).
+        edit: changes both models before training, by biases of their gates ("skew": every token takes one expert, most of it;
+            "starve": the last expert gets no token; "zipf": the more the lower its number).
         short: rows of the last micro-batch that are padding, counted from the end.
         placements: per sparse layer the experts of every rank's slots; evenly where it says nothing.
         shadows: per sparse layer the experts that have shadows in the first step.
@@ -70,7 +73,8 @@ class Case:
 
 def config_of(case: Case) -> ModelConfig:
     """A tiny decoder: two sparse layers and more, if the case says so."""
-    router = RouterConfig(case.router_name, dict(case.router), allow_leak=True)
+    options = {**case.router, **({"gate_bias": True} if case.edit else {})}
+    router = RouterConfig(case.router_name, options, allow_leak=True)
     moe = MoEConfig(**{"num_experts": 8, "k": 2, "hidden": 16, "router": router, **case.moe})
     base = ModelConfig(vocab_size=31, dim=16, num_layers=2, num_heads=2, hidden=24, max_seq_len=16, moe=moe)
     return replace(base, **case.model)
@@ -87,19 +91,15 @@ def build(case: Case) -> Decoder:
         model = to_fp64(model)
     if case.edit:
         for layer in model.moe_layers().values():
-            linear: Any = next(p for p in layer.router.parameters() if p.dim() == 2)
+            gate: Any = layer.router.gate
             with torch.no_grad():
+                gate.weight.mul_({"zipf": 15.0, "skew": 3.0, "starve": 6.0}[case.edit])  # tokens differ
                 if case.edit == "zipf":
-                    linear.mul_(15.0)  # tokens differ
-                    gate: Any = layer.router.gate
                     gate.bias.copy_(-1.2 * torch.arange(1, len(gate.bias) + 1).log())
                 elif case.edit == "skew":
-                    linear[0] += linear.abs().max()
-                    linear.mul_(3.0)
+                    gate.bias[0] = 5.0
                 else:
-                    linear[-1] = linear.mean(dim=0) - 0.0
-                    linear[-1] *= 0.0
-                    linear[:-1] *= 6.0
+                    gate.bias[-1] = -1e4
     return model
 
 
@@ -229,9 +229,62 @@ def error(mine: Tensor, whole: Tensor, held: Held) -> float:
     return (squares / max(count, 1)) ** 0.5 / max(float(whole.double().square().mean()) ** 0.5, 1e-30)
 
 
+def in_force(case: Case, alone: Trained, many: Trained, world: World, counts: bool) -> None:
+    """Fails where a case does not do what it says, and would compare one thing with itself; ``counts``: of exchanges too."""
+    assert many.spread is not None
+    model, spread, parallel, dispatch = many.model, many.spread, case.parallel, world.watch.spent.get("dispatch")
+    for one in alone.readings[0].layers.values():
+        if case.edit == "skew":
+            assert one.load_E[0] >= 0.9 * one.tokens, one.load_E
+        if case.edit == "starve":
+            assert one.load_E[-1] == 0, one.load_E
+    held = sum(math.prod(box.extents) for h in many.held.values() for box in h.boxes)
+    whole = sum(t.numel() for t in alone.weights.values())
+    copies = bool(case.placements) or parallel.replicas > 0
+    if not copies and (parallel.fsdp or parallel.tp > 1 or parallel.pp > 1 or world["ep"].size > 1):
+        assert held < whole, (held, whole)
+    if parallel.fsdp:
+        assert any(isinstance(p, DTensor) for p in model.parameters())
+    blocks = [block for _, block in model.layers()]
+    if case.recompute:
+        assert all(isinstance(block.attention.forward, RecomputedForward) for block in blocks)
+        assert all(_wrapped(layer.dispatcher) for layer in model.moe_layers().values())
+    if parallel.compile:
+        assert all(block.attention._compiled_call_impl is not None for block in blocks)
+    if counts and spread.placements and case.ranks_per_node is None and not case.shadows:
+        pieces = sum(min(parallel.chunks, max(p.slots_per_rank)) for p in spread.placements.values())
+        assert dispatch is not None
+        assert dispatch.calls == pieces * case.accumulate * case.steps * (1 + case.recompute), dispatch
+
+
+def _wrapped(dispatcher: Any) -> bool:
+    """Whether some dispatcher in the chain recomputes."""
+    while dispatcher is not None and not isinstance(dispatcher, RecomputedDispatch):
+        dispatcher = getattr(dispatcher, "inner", None)
+    return dispatcher is not None
+
+
+def complete(kind: str, mine: dict[str, Tensor], held: dict[str, Held], whole: dict[str, Tensor], world: World) -> None:
+    """Fails unless every number of the whole is held by some rank."""
+    boxes = {name: [box.logical_slices for box in held[name.split("/")[-1]].boxes] for name in mine}
+    parts = [boxes] * world.everyone.size
+    if world.everyone.size > 1:
+        dist.all_gather_object(parts, boxes)
+    for name, tensor in whole.items():
+        known = torch.zeros(tensor.shape, dtype=torch.bool)
+        for part in parts:
+            for place in part.get(name, ()):
+                known[place] = True
+        assert bool(known.all()), f"nobody holds a part of the {kind} of {name}"
+
+
 def compare(case: Case, world: World, between: Between | None = None) -> dict[str, Tensor]:
-    """Errors by what: "loss", "norm", "gradient", "weight", "moment", relative; "load": experts whose counts differ."""
+    """Errors by what: "loss" and other figures of a step, "norm", "gradient", "weight", "moment", relative; "load": experts
+    whose counts differ.
+    """
+    world.watch.take()
     alone, many = train(case, None), train(case, world, between)
+    in_force(case, alone, many, world, counts=between is None)
     out: dict[str, float] = {"loss": 0.0, "norm": 0.0, "load": 0.0, "gradient": 0.0, "weight": 0.0, "moment": 0.0}
     worst = {"gradient": "", "weight": "", "moment": ""}
     for one, other in zip(alone.readings, many.readings, strict=True):
@@ -241,17 +294,24 @@ def compare(case: Case, world: World, between: Between | None = None) -> dict[st
         for name in one.losses:
             out["loss"] = max(out["loss"], abs(one.losses[name] - other.losses[name]) / (abs(one.losses[name]) + 1e-3))
         out["norm"] = max(out["norm"], abs(one.grad_norm - other.grad_norm) / one.grad_norm)
-        assert list(one.layers) == list(other.layers)
-        for layer in one.layers:
-            a, b = one.layers[layer], other.layers[layer]
-            out["load"] += float((a.load_E != b.load_E).sum()) + (a.tokens != b.tokens) + (a.dropped != b.dropped)
+        assert (list(one.layers), list(one.depth)) == (list(other.layers), list(other.depth))
+        for a, b in zip(
+            [*one.layers.values(), *one.depth.values()], [*other.layers.values(), *other.depth.values()], strict=True
+        ):
+            out["load"] += float((a.load_E != b.load_E).sum())
+            out["load"] += (a.tokens != b.tokens) + (a.dropped != b.dropped) + (a.computed != b.computed)
+            if case.dtype == "float64":
+                for figure, same in ((a.entropy, b.entropy), (a.margin, b.margin)):
+                    out["loss"] = max(out["loss"], abs(figure - same) / max(a.tokens, 1.0))
     for kind, mine, theirs in (
         ("gradient", many.gradients, alone.gradients),
         ("weight", many.weights, alone.weights),
         ("moment", many.moments, alone.moments),
     ):
+        held_by = many.held_first if kind == "gradient" else many.held
+        complete(kind, mine, held_by, theirs, world)
         for name, tensor in mine.items():
-            held = (many.held_first if kind == "gradient" else many.held)[name.split("/")[-1]]
+            held = held_by[name.split("/")[-1]]
             if name not in theirs:
                 raise AssertionError(f"{kind} of {name} is not in the model of one process")
             wrong = error(tensor, theirs[name], held)
