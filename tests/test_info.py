@@ -19,6 +19,7 @@ from moesaic.cost.architectures import COUNTED
 from moesaic.models import ModelConfig, MoEConfig, RouterConfig, build_model
 from moesaic.models.presets import PRESETS
 from tests.command import Done, call, environment, one_sentence
+from tests.convert.tiny_checkpoint import make_hf
 from tests.models.tiny import tiny
 
 SMALL = ModelConfig(
@@ -243,6 +244,60 @@ def test_weights_of_another_config(capsys: pytest.CaptureFixture[str]) -> None:
     done = call(capsys, "info", "model")
     assert f"! {lost.numel():,} numbers too few: this config is not that of these weights." in done.out
     assert (done.status, "do not hold what their config asks for" in done.err) == (2, True)
+
+
+def renamed(tensors: dict[str, torch.Tensor], old: str, new: str) -> None:
+    tensors[new] = tensors.pop(old)
+
+
+def test_as_many_numbers_are_not_enough(capsys: pytest.CaptureFixture[str]) -> None:
+    """Names and shapes count, in folders of ours and in a family's."""
+    folders = {"ours": "blocks.1.ffn.experts.w_out", "hf": "model.layers.1.block_sparse_moe.experts.2.w2.weight"}
+    mo.save(build_model(SMALL, seed=0), "ours")
+    make_hf(Path("hf"))
+    for folder, name in folders.items():
+        path = f"{folder}/model.safetensors"
+        whole = load_file(path)
+        assert found(capsys, folder)["checkpoint"]["matches"] is True
+
+        tensors = dict(whole)
+        renamed(tensors, name, "zzz")
+        save_file(tensors, path)
+        done = call(capsys, "info", folder, "--json")
+        held = json.loads(done.out)["checkpoint"]
+        assert (done.status, held["matches"], held["numbers"]) == (2, False, held["expected"])
+        assert (held["missing"], held["unexpected"], held["wrong"]) == ([name], ["zzz"], [])
+        text = call(capsys, "info", folder).out
+        assert f'! 1 tensors that the config asks for are not there: "{name}".' in text
+        assert '! 1 tensors are there that the config has no place for: "zzz".' in text
+        assert "as many as the config asks for." in text
+
+        save_file(whole | {name: whole[name].transpose(-1, -2).contiguous()}, path)
+        done = call(capsys, "info", folder, "--json")
+        held = json.loads(done.out)["checkpoint"]
+        assert (done.status, held["missing"], held["unexpected"], held["wrong"]) == (2, [], [], [name])
+
+        save_file(whole, path)
+        save_file({"x": torch.zeros(2)}, f"{folder}/model-00003-of-00007.safetensors")
+        done = call(capsys, "info", folder)
+        assert done.status == 2
+        assert (
+            '! 1 files are named like parts of this model and are of another save; move them away: "model-00003'
+            in done.out
+        )
+
+
+def test_a_tied_head_that_is_stored_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    make_hf(Path("hf"), tie_embeddings=True)
+    tensors = load_file("hf/model.safetensors")
+    head = torch.zeros_like(tensors["model.embed_tokens.weight"])
+    save_file(tensors | {"lm_head.weight": head}, "hf/model.safetensors")
+    held = found(capsys, "hf")["checkpoint"]
+    assert (held["matches"], held["repeated"]) == (True, ["lm_head.weight"])
+    assert "whether both are equal, which moesaic convert checks" in shown(capsys, "hf")
+    save_file(tensors | {"lm_head.weight": head[:1]}, "hf/model.safetensors")
+    done = call(capsys, "info", "hf", "--json")
+    assert (done.status, json.loads(done.out)["checkpoint"]["wrong"]) == (2, ["lm_head.weight"])
 
 
 def test_no_tensor_is_read(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from moesaic.checkpoint.aside import find_aside
-from moesaic.checkpoint.native import read_header
-from moesaic.checkpoint.shards import TensorInfo, find_tensors, refuse_pickle
-from moesaic.checkpoint.untrusted import read_json
+from moesaic.checkpoint.native import read_header, tied_names
+from moesaic.checkpoint.shards import TensorInfo, refuse_pickle
 from moesaic.cost.count import stored_elements
 from moesaic.errors import CheckpointError
 from moesaic.models import Decoder, ModelConfig
@@ -42,6 +41,10 @@ class Headers:
         numbers: the model's, quantised ones counted as what they stand for, a tied head once.
         expected: what the config asks for, buffers that are saved included.
         aside: numbers that are no part of the model (multi-token prediction).
+        missing, unexpected, wrong: tensors the config asks for that are not there, those it has no place for, and those of
+            another shape than it says.
+        leftovers: files named like parts of the model that are none.
+        repeated: tensors stored beside the one the config ties them to; whether they are equal, headers do not say.
         saved_by: of a checkpoint in parts the processes that wrote it, else empty.
     """
 
@@ -53,12 +56,18 @@ class Headers:
     numbers: int
     expected: int
     aside: int
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    wrong: tuple[str, ...] = ()
+    leftovers: tuple[str, ...] = ()
+    repeated: tuple[str, ...] = ()
     saved_by: str = ""
 
     @property
     def matches(self) -> bool:
-        """Whether there is as much as the config asks for."""
-        return self.numbers == self.expected
+        """Whether just the tensors the config asks for are there, by name and shape, and no file of another save."""
+        differ = self.missing or self.unexpected or self.wrong or self.leftovers
+        return self.numbers == self.expected and not differ
 
     @property
     def wide(self) -> bool:
@@ -77,6 +86,11 @@ class Headers:
             "expected": self.expected,
             "aside": self.aside,
             "matches": self.matches,
+            "missing": list(self.missing),
+            "unexpected": list(self.unexpected),
+            "wrong": list(self.wrong),
+            "leftovers": list(self.leftovers),
+            "repeated": list(self.repeated),
             "saved_by": self.saved_by or None,
         }
 
@@ -101,20 +115,27 @@ def sharded_parts(folder: Path, config: ModelConfig) -> ShardedCheckpoint:
     return parts
 
 
-def foreign_infos(folder: Path, config: ModelConfig) -> dict[str, TensorInfo]:
-    """The headers of a Hugging Face folder."""
-    return _enough(find_tensors(folder, "model"), folder, config)
-
-
 def native_headers(folder: Path, infos: dict[str, TensorInfo], model: Decoder) -> Headers:
     """Of a folder of ours."""
+    from moesaic.convert.read import leftovers  # here: other targets need no converters
+
     aside = find_aside(folder)
-    return _headers(
+    found = _headers(
         folder,
         infos,
         sum(i.numel for i in infos.values()),
         sum(i.numel for i in aside.values()),
         stored_elements(model),
+    )
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    # Of a tied tensor any one of its names is stored, and no other.
+    stored = {next((name for name in names if name in infos), names[0]) for names in tied_names(model)}
+    return replace(
+        found,
+        missing=tuple(name for name in shapes if name in stored and name not in infos),
+        unexpected=tuple(name for name in infos if name not in stored),
+        wrong=tuple(name for name, info in infos.items() if name in stored and info.shape != shapes[name]),
+        leftovers=tuple(path.name for path in leftovers(folder, {info.file.name for info in infos.values()})),
     )
 
 
@@ -123,29 +144,31 @@ def sharded_headers(parts: ShardedCheckpoint, model: Decoder) -> Headers:
     entries = [entry for name in parts.model for entry in parts.tensors[name].entries(name)]
     files = {file for entry in entries for _, file in parts.entries[entry].pieces}
     found = native_headers(parts.folder, parts.model, model)
-    return replace(found, files=len(files), saved_by=parts.layout or f"{parts.world} processes")
+    return replace(found, files=len(files), leftovers=(), saved_by=parts.layout or f"{parts.world} processes")
 
 
-def foreign_headers(folder: Path, infos: dict[str, TensorInfo], model: Decoder) -> Headers:
+def foreign_headers(folder: Path) -> Headers:
     """Of a Hugging Face folder of a known family."""
-    from moesaic.convert.families import FAMILIES  # here: other targets need no converters
-    from moesaic.convert.keys import Keys
-    from moesaic.convert.storage import stored_tensors
+    from moesaic.convert.read import survey  # here: other targets need no converters
 
-    data = read_json(folder / "config.json")
-    family, keys = FAMILIES[data["model_type"]], Keys(data, str(folder / "config.json"))
-    config = family.read(keys)
-    stored = stored_tensors(infos, data.get("quantization_config"))
-    sizes = {
-        name: torch.Size(tensor.shape).numel()
-        for name, tensor in stored.items()
-        if not family.ignored.fullmatch(name) and not (config.tie_embeddings and name == "lm_head.weight")
-    }
-    aside = [name for name in sizes if family.aside(name, config, keys.carried)]
-    kept = sum(sizes[name] for name in aside)
-    out = {raw for name in aside for raw in stored[name].raw}
-    mine = {name: info for name, info in infos.items() if name not in out}
-    return _headers(folder, mine, sum(sizes.values()) - kept, kept, stored_elements(model))
+    found = survey(folder)
+    differ, apart = found.differences(), {*found.aside, *found.repeated}
+    out = {raw for name in found.aside for raw in found.stored[name].raw}
+    numbers = {name: torch.Size(tensor.shape).numel() for name, tensor in found.stored.items()}
+    return replace(
+        _headers(
+            folder,
+            {name: info for name, info in found.infos.items() if name not in out},
+            sum(number for name, number in numbers.items() if name not in apart),
+            sum(numbers[name] for name in found.aside),
+            stored_elements(found.model),
+        ),
+        missing=tuple(differ.missing),
+        unexpected=tuple(differ.unexpected),
+        wrong=tuple(differ.wrong),
+        leftovers=tuple(path.name for path in found.leftovers()),
+        repeated=tuple(found.repeated),
+    )
 
 
 def _enough(infos: dict[str, TensorInfo], folder: Path, config: ModelConfig) -> dict[str, TensorInfo]:

@@ -11,11 +11,9 @@ from tyro.conf import Positional, arg
 
 from moesaic.checkpoint.native import load_config
 from moesaic.checkpoint.parts import is_sharded
-from moesaic.checkpoint.shards import TensorInfo
 from moesaic.commands.headers import (
     Headers,
     foreign_headers,
-    foreign_infos,
     has_weights,
     native_headers,
     native_infos,
@@ -185,9 +183,8 @@ def _decoder(target: str, name: str | None) -> tuple[ModelConfig, Decoder, Heade
     folder = path if path.is_dir() else path.parent
     if is_foreign(folder) and (path.is_dir() or path.name == "config.json"):
         config = config_of(folder)
-        infos: dict[str, TensorInfo] | None = foreign_infos(folder, config) if has_weights(folder) else None
-        model = shape(config)
-        return config, model, None if infos is None else foreign_headers(folder, infos, model)
+        headers = foreign_headers(folder) if has_weights(folder) else None
+        return config, shape(config), headers
     if path.is_file():
         data = load_config_file(path)
         config = from_dict(ModelConfig, data.get("model", data), where="model")

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moesaic.checkpoint.parts import to_make_whole
+from moesaic.checkpoint.shards import names_in_words
 from moesaic.commands.headers import Headers
 from moesaic.cost.sizes import STORAGE
 
@@ -139,14 +140,29 @@ def _published(found: Facts) -> Table:
 
 
 def _say_checkpoint(held: Headers) -> None:
+    more = held.numbers - held.expected
     print(
         f"{held.folder}: {held.tensors:,} tensors in {held.files:,} file{'s' * (held.files != 1)}, "
         f"{held.numbers:,} numbers by their headers"
-        + (", as many as the config asks for." if held.matches else f", but the config asks for {held.expected:,}.")
+        + (", as many as the config asks for." if not more else f", but the config asks for {held.expected:,}.")
     )
-    if not held.matches:
-        more = held.numbers - held.expected
+    if more:
         print(f"! {abs(more):,} numbers too {'many' if more > 0 else 'few'}: this config is not that of these weights.")
+    for names, words in (
+        (held.missing, "that the config asks for are not there"),
+        (held.unexpected, "are there that the config has no place for"),
+        (held.wrong, "have another shape than the config says"),
+        (held.leftovers, "are named like parts of this model and are of another save; move them away"),
+    ):
+        if names:
+            print(
+                f"! {len(names):,} {'file' if names is held.leftovers else 'tensor'}s {words}: {names_in_words(names)}."
+            )
+    if held.repeated:
+        print(
+            f"Stored although the config ties it to another: {names_in_words(held.repeated)}; whether both are equal, which "
+            "moesaic convert checks, their headers do not say."
+        )
     if held.saved_by:
         print(f"In parts, as written by {held.saved_by}; make it one with: {to_make_whole(held.folder)}")
     if held.aside:
