@@ -16,11 +16,12 @@ from tyro.conf import Positional, arg
 from moesaic.checkpoint.native import open_model
 from moesaic.checkpoint.parts import is_sharded
 from moesaic.commands.output import Json, console_for, print_json, sayer
-from moesaic.convert.convert import plan_conversion, run_plan
+from moesaic.convert.convert import check_plan, plan_conversion, run_plan
 from moesaic.convert.coverage import size_in_words
 from moesaic.convert.hub import resolve
 from moesaic.convert.read import is_foreign
 from moesaic.convert.source import Source, native_source
+from moesaic.convert.target import kind_of_target
 from moesaic.errors import ConfigError
 from moesaic.train.sharded.checkpoint import open_sharded
 from moesaic.train.sharded.consolidate import stream_tensors
@@ -40,7 +41,8 @@ def convert(
         Literal["moesaic", "hf", "gguf"] | None,
         arg(
             help="What to write.",
-            help_behavior_hint="(default: moesaic; of a moesaic folder hf, unless it is in parts)",
+            help_behavior_hint="(default: gguf for a TARGET that ends in .gguf or with --type; else moesaic, of a moesaic "
+            "folder hf unless it is in parts)",
         ),
     ] = None,
     dtype: Annotated[
@@ -63,7 +65,13 @@ def convert(
         ),
     ] = None,
     shard_gb: Annotated[float, arg(metavar="GB", help="Largest file of weights, in 10^9 bytes.")] = 5.0,
-    type: Annotated[str, arg(metavar="TYPE", help="Number type of a GGUF file: f32, f16, bf16, q8_0, q4_0.")] = "f16",
+    type: Annotated[
+        Literal["f32", "f16", "bf16", "q8_0", "q4_0", "mxfp4"] | None,
+        arg(
+            help="Number type of a GGUF file; mxfp4 is for experts, the rest is bf16.",
+            help_behavior_hint="(default: f16)",
+        ),
+    ] = None,
     report: Annotated[
         bool, arg(help="Print what was used: tensors, parameters, bytes, experts, every config key.")
     ] = False,
@@ -82,7 +90,7 @@ def convert(
       moesaic convert mixtral-hf mixtral --report
       moesaic convert mistralai/Mixtral-8x7B-v0.1 mixtral --dtype bf16
       moesaic convert mixtral mixtral-hf --to hf --layout stacked
-      moesaic convert runs/books books.gguf --to gguf --type q8_0
+      moesaic convert runs/books books.gguf --type q8_0
       moesaic convert runs/books/checkpoints/step-00000100 books-100
       moesaic convert mixtral-hf out --dry-run --report --json
     """
@@ -90,20 +98,21 @@ def convert(
         raise ConfigError(f"--shard-gb must be positive, not {shard_gb}.")
     console = console_for(json)
     say = sayer(console)
+    to = kind_of_target(target, to, type)  # before anything is fetched or hashed
     opened = _opened(resolve(source), not no_verify)
     if isinstance(opened, Source) and to is None:
         to = "hf" if family or layout else "moesaic"
-    plan = plan_conversion(opened, target, to, dtype, family, layout, max(1, int(shard_gb * 1e9)), verify=not no_verify)
+    plan = plan_conversion(opened, target, to, dtype, family, layout, max(1, int(shard_gb * 1e9)), not no_verify, type)
     if report and not json:
         for line in plan.source.coverage.lines(names=True):
             say(line)
-    if dry_run:
-        done = plan.report()
-        if not json:
-            say("Nothing is written (--dry-run). It would be:")
-    else:
-        with _progress() as progress:
-            done = run_plan(plan, not restart, progress, sayer(Console(stderr=True, highlight=False)), type)
+    with _progress() as progress:
+        if dry_run:
+            done = check_plan(plan, progress)
+        else:
+            done = run_plan(plan, not restart, progress, sayer(Console(stderr=True, highlight=False)))
+    if dry_run and not json:
+        say("Nothing is written (--dry-run). It would be:")
     if json:
         print_json(done.record() | {"written": not dry_run})
     else:

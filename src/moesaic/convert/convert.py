@@ -15,9 +15,8 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,16 +27,23 @@ from moesaic.checkpoint.shards import MAX_SHARD_BYTES
 from moesaic.checkpoint.stream import Shard, ShardWriter, Slot, index_of, plan_shards
 from moesaic.checkpoint.untrusted import show
 from moesaic.config import to_dict
-from moesaic.convert.coverage import Coverage, size_in_words
+from moesaic.convert.coverage import size_in_words
 from moesaic.convert.family import Layout
-from moesaic.convert.pieces import Entry, Piece, check_table, extract
+from moesaic.convert.finished import holds, looks_the_same, refused, stands
+from moesaic.convert.gguf.number_types import Kind
+from moesaic.convert.gguf.plan import FilePlan
+from moesaic.convert.pieces import Entry, Piece, extract
+from moesaic.convert.places import check_table
+from moesaic.convert.report import Report
 from moesaic.convert.source import Source, aside_tensors, open_source
-from moesaic.convert.work import work_for
+from moesaic.convert.target import Target, kind_of_target
+from moesaic.convert.to_gguf import check_gguf, plan_gguf, write_gguf
+from moesaic.convert.work import forget, work_for
 from moesaic.convert.write import plan_export, slots, write_companions
 from moesaic.errors import CheckpointError, ConfigError, MoesaicError, one_of
 
-Target = Literal["moesaic", "hf", "gguf"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_STRIP = 2**24
 _VERSION = 1  # part of what decides whether a conversion can be gone on with
 
 
@@ -50,6 +56,7 @@ class Plan:
         shards, aside: the files of the model, and of what is kept beside it.
         files: the small files, name -> content.
         notes: sentences for the report.
+        gguf: the file, where one is written; then there are no others.
     """
 
     source: Source
@@ -62,6 +69,7 @@ class Plan:
     aside: list[Shard]
     files: dict[str, bytes]
     notes: tuple[str, ...] = ()
+    gguf: FilePlan | None = None
 
     def digest(self) -> str:
         """Of all that determines the result."""
@@ -94,52 +102,6 @@ class Plan:
         )
 
 
-@dataclass(frozen=True)
-class Report:
-    """What was converted.
-
-    Attributes:
-        to, family: what was written; ``family`` of a Hugging Face folder.
-        coverage: what was used of the source.
-        files, tensors, parameters, bytes: of the model, in what was written.
-        companions: tokenizer files and the like that were copied.
-        resumed: files that an earlier process had finished.
-        gguf: the report of the GGUF export.
-    """
-
-    source: Path
-    target: Path
-    to: Target
-    family: str | None
-    coverage: Coverage
-    files: int
-    tensors: int
-    parameters: int
-    bytes: int
-    companions: tuple[str, ...] = ()
-    resumed: int = 0
-    notes: tuple[str, ...] = ()
-    gguf: dict[str, Any] = field(default_factory=dict)
-
-    def record(self) -> dict[str, Any]:
-        """For JSON."""
-        plain = asdict(self) | {"source": str(self.source), "target": str(self.target)}
-        return plain | {"coverage": self.coverage.record()}
-
-    def lines(self) -> list[str]:
-        """For people."""
-        kind = {"hf": f"Hugging Face folder ({self.family})", "moesaic": "moesaic folder", "gguf": "GGUF file"}[self.to]
-        text = [
-            f"{self.target}: {kind}, {self.tensors:,} tensors, {self.parameters:,} parameters, {size_in_words(self.bytes)}"
-            f" in {self.files} file{'s' * (self.files != 1)}"
-        ]
-        if self.companions:
-            text.append(f"copied byte for byte: {', '.join(self.companions)}")
-        if self.resumed:
-            text.append(f"{self.resumed} of the files were finished by an earlier start")
-        return [*text, *self.notes]
-
-
 def plan_conversion(
     source: Path | Source,
     target: Path,
@@ -149,10 +111,10 @@ def plan_conversion(
     layout: Layout | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     verify: bool = True,
+    gguf_type: Kind | None = None,
 ) -> Plan:
-    """Open ``source`` unless it is open, check it, decide everything; see ``convert``. For "gguf" no files are planned."""
-    if to is not None:
-        one_of("to", to, ("moesaic", "hf", "gguf"))
+    """Open ``source`` unless it is open, check it, decide everything; see ``convert``."""
+    to = kind_of_target(target, to, gguf_type)
     if dtype is not None:
         one_of("dtype", dtype, DTYPES)
     if max_shard_bytes < 1:
@@ -165,7 +127,7 @@ def plan_conversion(
     if to == "gguf":
         if dtype is not None:
             raise ConfigError("dtype does not apply to a GGUF file; choose its number type (type) instead.")
-        return Plan(opened, target, to, None, [], {}, [], [], {})
+        return Plan(opened, target, to, None, [], {}, [], [], {}, gguf=plan_gguf(opened, target, gguf_type or "f16"))
     dtypes = opened.dtypes(None if dtype is None else DTYPES[dtype])
     kept = [Slot(name, stored.dtype, stored.shape) for name, stored in opened.aside.items()]
     notes: tuple[str, ...] = ()
@@ -190,6 +152,8 @@ def plan_conversion(
     for stem, group in (("model", shards), (STEM, beside)):
         if len(group) > 1:
             files[f"{stem}.safetensors.index.json"] = index_of(group).encode()
+    if stands(target) and not looks_the_same(target, [*shards, *beside], files):
+        raise refused(target)
     return Plan(opened, target, to, name, table, dtypes, shards, beside, files, notes)
 
 
@@ -205,24 +169,25 @@ def convert(
     verify: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
     say: Callable[[str], None] = lambda sentence: None,
-    gguf_type: str = "f16",
+    gguf_type: Kind | None = None,
 ) -> Report:
     """Write the checkpoint in ``source`` as ``target``: whole, or not at all under that name.
 
     Args:
-        to: None means "moesaic" for a Hugging Face folder and "hf" for one of ours.
+        to: None means "gguf" if ``target`` ends in .gguf or ``gguf_type`` is given, else "moesaic" for a Hugging Face folder
+            and "hf" for one of ours.
         dtype: "bf16", "fp16" or "fp32" for parameters; routers and their biases stay fp32. None keeps what is stored.
         family, layout: of a Hugging Face target; else those the model came from, or the first that can hold it.
         resume: go on where an earlier call with the same source and settings stopped.
         verify: hash the files of a moesaic source against its manifest first.
         progress: called with bytes done and bytes in all. ``say``: with sentences.
-        gguf_type: number type of a GGUF file.
+        gguf_type: number type of a GGUF file; None means "f16".
 
     Raises ``CheckpointError`` or ``ConfigError`` for a source that does not fit, naming what; ``MoesaicError`` where the disk
     refuses, ``target`` is not ours to replace, or another process writes it.
     """
-    plan = plan_conversion(source, target, to, dtype, family, layout, max_shard_bytes, verify)
-    return run_plan(plan, resume, progress, say, gguf_type)
+    plan = plan_conversion(source, target, to, dtype, family, layout, max_shard_bytes, verify, gguf_type)
+    return run_plan(plan, resume, progress, say)
 
 
 def run_plan(
@@ -230,15 +195,14 @@ def run_plan(
     resume: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
     say: Callable[[str], None] = lambda sentence: None,
-    gguf_type: str = "f16",
 ) -> Report:
     """Do what was planned; arguments as in ``convert``."""
-    if plan.to == "gguf":
-        from moesaic.convert.to_gguf import write_gguf  # needs an optional package
-
-        return write_gguf(plan.source, plan.target, gguf_type)
+    if plan.gguf is not None:
+        return write_gguf(plan.source, plan.gguf, progress)
     shards = [*plan.shards, *plan.aside]
     total = sum(shard.data_bytes for shard in shards)
+    if stands(plan.target):
+        return _already(plan, lambda done: progress(done, total))
     with work_for(plan.target, plan.digest(), resume, say) as work:
         resumed = len(work.done)
         done = sum(shard.data_bytes for shard in shards if shard.file in work.done)
@@ -246,7 +210,7 @@ def run_plan(
         write_companions(work.out, plan.files)
         progress(done, total)
         with ShardWriter(work.out, shards, work.done, work.finish) as writer:
-            for name, tensor in _tensors(plan, writer):
+            for name, tensor in _tensors(plan, writer.wants):
                 writer.write(name, tensor)
                 done += tensor.nbytes
                 del tensor  # it may be all of ours, and the next is on its way
@@ -254,10 +218,34 @@ def run_plan(
     return plan.report(resumed)
 
 
-def _tensors(plan: Plan, writer: ShardWriter) -> Iterator[tuple[str, Tensor]]:
+def check_plan(plan: Plan, progress: Callable[[int, int], None] = lambda done, total: None) -> Report:
+    """What ``run_plan`` would say, without writing. For a GGUF file every number is read: not all types can hold all."""
+    return plan.report() if plan.gguf is None else check_gguf(plan.source, plan.gguf, progress)
+
+
+def _already(plan: Plan, progress: Callable[[int], None]) -> Report:
+    """The report of a target that is this conversion's own result. Raises ``MoesaicError`` where it is anything else."""
+    shards, done = [*plan.shards, *plan.aside], 0
+
+    def compared(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress(done)
+
+    if not looks_the_same(plan.target, shards, plan.files) or not holds(
+        plan.target, shards, _tensors(plan, lambda name: True), compared
+    ):
+        raise refused(plan.target)
+    forget(plan.target)
+    found = plan.report(len(shards))
+    words = "It was there already, whole and the same to the last bit; nothing was written."
+    return replace(found, notes=(*found.notes, words))
+
+
+def _tensors(plan: Plan, wants: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
     """Everything that is still missing, one at a time."""
     for entry in plan.table:
-        wanted = [piece for piece in entry.pieces if writer.wants(piece.theirs)]
+        wanted = [piece for piece in entry.pieces if wants(piece.theirs)]
         if not wanted:
             continue
         ours = plan.source.load(entry.ours, plan.dtypes[entry.ours])
@@ -266,11 +254,13 @@ def _tensors(plan: Plan, writer: ShardWriter) -> Iterator[tuple[str, Tensor]]:
         for piece in wanted:
             yield piece.theirs, extract(ours, piece)
         del ours  # before the next is made
-    yield from aside_tensors({name: s for name, s in plan.source.aside.items() if writer.wants(name)})
+    yield from aside_tensors({name: s for name, s in plan.source.aside.items() if wants(name)})
 
 
 def _refuse_overflow(source: Source, name: str, tensor: Tensor) -> None:
-    if tensor.numel() and source.held[name] != torch.float16 and any(map(torch.isinf, torch.aminmax(tensor))):
+    # In strips, as looking at all of it makes another tensor; a NaN must not hide what lies beside it.
+    strips = tensor.flatten().split(_STRIP) if source.held[name] != torch.float16 else ()
+    if any(bool(strip.isinf().any()) for strip in strips):
         raise CheckpointError(
             f"{source.folder}: the tensor {show(name)} holds values beyond 65504, the largest of fp16; choose bf16 or fp32."
         )
