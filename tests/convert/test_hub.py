@@ -15,9 +15,11 @@ import pytest
 
 import moesaic as mo
 from moesaic.checkpoint.untrusted import safe_member
+from moesaic.convert.companions import COMPANIONS as ALL_COMPANIONS
 from moesaic.convert.convert import convert
 from moesaic.convert.hub import UNWANTED, WANTED, resolve
 from moesaic.errors import CheckpointError, MoesaicError
+from tests.command import call
 from tests.convert.tiny_checkpoint import COMPANIONS, make_hf, same, tensors_of
 
 hub = pytest.importorskip("huggingface_hub")
@@ -138,6 +140,15 @@ def test_what_the_hub_answers(monkeypatch: pytest.MonkeyPatch, kind: str, words:
         resolve("owner/tiny@v1")
 
 
+def test_no_name_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(MoesaicError, match="The name of the model is empty"):
+        resolve("")
+    assert resolve(Path()) == Path()  # this folder
+    done = call(capsys, "convert", "", "x")
+    assert (done.status, done.out) == (2, "")
+    assert "The name of the model is empty; give a folder, or OWNER/NAME" in done.err
+
+
 def test_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     def download(*args: Any, **more: Any) -> Any:
         assert more["local_files_only"] is False
@@ -165,7 +176,7 @@ def test_what_would_be_fetched() -> None:
 
     for name in (
         "config.json", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
-        "manifest.json", "aside.safetensors", *COMPANIONS, "tokenizer.json", "vocab.json", "merges.txt",
+        "manifest.json", "aside.safetensors", *COMPANIONS, *ALL_COMPANIONS,
     ):  # fmt: skip
         assert fetched(name), name
     for name in (

@@ -230,6 +230,9 @@ def test_pushing_uploads_a_model_directory(tmp_path: Path, monkeypatch: pytest.M
     hf = AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(ConfigError, match="push_to_hub"):
         hf.save_pretrained(tmp_path / "x", push_to_hub=True)
+    with pytest.raises(ConfigError, match="safe_serialization=False.*asks for pickles.*leave it out"):
+        hf.save_pretrained(tmp_path / "x", safe_serialization=False)
+    assert not (tmp_path / "x").exists()
     taken = tmp_path / "taken"
     monkeypatch.setattr(
         MoesaicForCausalLM, "_upload_modified_files", lambda self, place, *a, **k: shutil.copytree(place, taken)

@@ -71,9 +71,7 @@ def holds(
 
 
 def _equal(path: Path, start: int, tensor: Tensor) -> bool:
-    content = (
-        tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
-    )
+    content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
     with open(path, "rb") as file:
         file.seek(start)
         for first in range(0, len(content), _CHUNK):

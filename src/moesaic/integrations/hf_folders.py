@@ -115,6 +115,11 @@ class OnFolders:
 
         ``state_dict``: the whole model's, gathered from other processes. ``push_to_hub``: call ``push_to_hub`` instead.
         """
+        if not kwargs.get("safe_serialization", True):
+            raise ConfigError(
+                "save_pretrained(safe_serialization=False) asks for pickles, which can run any code when they are opened; a "
+                "moesaic model is saved as safetensors: leave it out."
+            )
         if push_to_hub:
             raise ConfigError('save_pretrained(push_to_hub=True) is not offered; call model.push_to_hub("OWNER/NAME").')
         if not is_main_process:

@@ -97,7 +97,9 @@ class MoesaicForCausalLM(OnFolders, PreTrainedModel, GenerationMixin):  # type: 
         Args:
             input_ids: int64 (B, S). attention_mask: (B, S), or (B, past + S) with a cache; 0 on padding, left or right.
             position_ids: only a check where they count the tokens that are not padding; where they begin again at 0 inside a
-                row, documents packed side by side, which then do not see each other.
+                row, documents packed side by side, which then do not see each other. Models of transformers do so without a
+                mask only if they keep no cache: at their default ``use_cache=True`` every token there sees all before it,
+                other documents' included. Here what is packed reads the same either way, and no cache is made of it.
             labels: int64 (B, S), the tokens themselves; -100 is no target.
             use_cache: return a cache; as ``past_key_values`` only a ``MoesaicCache`` is taken.
             logits_to_keep: logits of the last so many positions alone (0: all), or of these.
