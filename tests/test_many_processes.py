@@ -257,3 +257,32 @@ def test_a_disk_too_full_to_make_it_whole_is_a_warning(tmp_path: Path, capsys: p
     ]
     assert call(capsys, "convert", str(place), str(project / "OUT")).status == 0
     assert mo.load(project / "OUT").config.dim == 32
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--ep", "0"], "parallel.ep must be at least 1, not 0."),
+        (["--set", "model.moe.router.name=switch"], "switch"),
+    ],
+    ids=["before they meet", "after"],
+)
+def test_what_is_wrong_for_all_is_said_once(tmp_path: Path, more: list[str], sentence: str) -> None:
+    make_project(tmp_path, **CHANGES)
+    words = ["--data", str(tmp_path / "a.txt"), "--config", str(tmp_path / "tiny.json"), "--out", str(tmp_path / "run")]
+    run = launch(["-m", "moesaic", "train", *words, *more], 2, tmp_path / "log")
+    assert run.wait(100) != 0
+    (said,) = [line for line in run.said.splitlines() if line.startswith("moesaic: ")]
+    assert sentence in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_checkpoints_that_are_all_damaged_are_said_once(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished.parent, tmp_path / "project")
+    out = tmp_path / "project" / finished.name
+    for file in out.glob("checkpoints/*/*.safetensors"):
+        file.write_bytes(file.read_bytes()[:100])
+    run = launch(["-m", "moesaic", "train", "--resume", "--out", str(out), "--steps", "9"], 2, tmp_path / "log")
+    assert run.wait(100) != 0
+    said = [line for line in run.said.splitlines() if "Every checkpoint in" in line and line.startswith("moesaic: ")]
+    assert len(said) == 1, run.said

@@ -97,7 +97,7 @@ def guarded(call: Callable[[], int], json: bool = False) -> int:
         sys.stdout.flush()  # here, where a reader that went away is dealt with
         return status
     except MoesaicError as error:
-        return 2 if error.told else _fail(str(error), json)
+        return _stand_by() if error.told else _fail(str(error), json)
     except KeyboardInterrupt:
         if main_thread:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a third Ctrl-C must not break into the interpreter's own end
@@ -119,6 +119,18 @@ def guarded(call: Callable[[], int], json: bool = False) -> int:
         threading.excepthook = hook
         if main_thread:
             signal.signal(signal.SIGTERM, before)
+
+
+def _stand_by(seconds: float = 10.0) -> int:
+    """Status 2 once torchrun ends this process, or after some seconds: it kills the others as soon as one has failed, and
+    the one that prints for all must not be killed before it has.
+    """
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, "sigtimedwait"):
+        ends = {signal.SIGTERM, signal.SIGINT}
+        signal.pthread_sigmask(signal.SIG_BLOCK, ends)
+        signal.sigtimedwait(ends, seconds)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
+    return 2
 
 
 def _fail(sentence: str, json: bool, status: int = 2) -> int:

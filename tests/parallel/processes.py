@@ -120,7 +120,8 @@ def _child(
             if answer is not None:
                 Path(f"{folder}/answer-{rank}").write_text(json.dumps(answer))
     except MoesaicError as error:
-        print(f"moesaic: {error}", file=sys.stderr, flush=True)  # as the command line does
+        if not error.told:  # as the command line does
+            print(f"moesaic: {error}", file=sys.stderr, flush=True)
         status = 2
     except Exception:  # noqa: BLE001 - whatever it was, the test sees it
         traceback.print_exc()

@@ -10,9 +10,13 @@ import torch
 
 from moesaic.data.packing import IGNORE, PackedRows
 from moesaic.errors import DataError
+from moesaic.layout import Layout, ParallelConfig
 from moesaic.models import RouterConfig, build_model
+from moesaic.parallel.apply import apply
+from moesaic.parallel.world import World
 from moesaic.plan.capacity import CapacityRule
 from moesaic.train.evaluate import Evaluation, evaluate, evenly
+from tests.distributed import run_distributed
 from tests.models.tiny import lively
 from tests.train.tiny_run import tiny_config, tiny_corpus
 
@@ -120,3 +124,27 @@ def test_rows_are_spread_evenly_from_first_to_last(count: int) -> None:
     gaps = {b - a for a, b in itertools.pairwise(found)}
     assert not gaps or max(gaps) - min(gaps) <= 1
     assert evenly(data, 10_000).tolist() == list(range(len(data)))
+
+
+LAYOUTS = {"ep2": ParallelConfig(ep=2), "pp2": ParallelConfig(pp=2), "tp2": ParallelConfig(tp=2)}
+
+
+def _spread_out(rank: int) -> dict[str, torch.Tensor]:
+    """0 where an evaluation of two processes is that of one, batches that do not divide included."""
+    found = {}
+    data, config = rows(), tiny_config().model
+    alone = evaluate(lively(config), data, torch.arange(7), 3)
+    for name, parallel in LAYOUTS.items():
+        spread = apply(lively(config), World(Layout.of(parallel, 2), rank), parallel)
+        many = evaluate(spread.model, data, torch.arange(7), 3, spread=spread)
+        assert (many.tokens, many.domain_load) == (alone.tokens, alone.domain_load), name
+        assert list(many.by_domain) == list(alone.by_domain) == ["code", "prose"]
+        pairs = [(many.loss, alone.loss), *((many.by_domain[n], alone.by_domain[n]) for n in alone.by_domain)]
+        found[name] = torch.tensor(max(abs(a / b - 1) for a, b in pairs))
+    return found
+
+
+def test_many_processes_find_what_one_does() -> None:
+    for answer in run_distributed(2, _spread_out):
+        assert list(answer) == list(LAYOUTS)
+        assert all(float(wrong) < 1e-6 for wrong in answer.values()), answer

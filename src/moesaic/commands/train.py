@@ -80,11 +80,12 @@ def train(
     asked = _Asked(data, out, config, recipe, steps, seed, overrides, twin)
     try:
         run, _ = asked.settle(resume)
+        if twin and "WORLD_SIZE" in os.environ and os.environ["WORLD_SIZE"] != "1":
+            raise ConfigError("--twin trains two models for a comparison in one process; leave it out under torchrun.")
     except MoesaicError as error:
         tell_torchrun(str(error))
+        error.told = os.environ.get("LOCAL_RANK", "0") != "0"  # the processes of a node were asked the same
         raise
-    if twin and "WORLD_SIZE" in os.environ and os.environ["WORLD_SIZE"] != "1":
-        raise ConfigError("--twin trains two models for a comparison in one process; leave it out under torchrun.")
     with start_processes(run.parallel.timeout_s) as here:
         everyone = everyone_of(here)
         started_again = max(everyone.values(here.restarts, what="restarts"))

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import atexit
 import gc
+import hashlib
 import os
+import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -29,7 +31,7 @@ from moesaic.parallel.board import Board
 from moesaic.parallel.limit import Limit
 from moesaic.parallel.rollcall import roll_call
 from moesaic.parallel.torchrun import Launch, interface_to, loopback, read_launch, tell_torchrun, threads
-from moesaic.parallel.watch import Watch, about_connection
+from moesaic.parallel.watch import CollectiveError, Watch, about_connection
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -100,6 +102,8 @@ class Started:
 
     def _fail(self, error: BaseException) -> None:
         if isinstance(error, MoesaicError):
+            if not isinstance(error, CollectiveError) and not self._first_to_say(str(error)):
+                error.told = True
             if self.world > 1 and not str(error).startswith("Rank "):
                 error.args = (f"Rank {self.rank}: {error}", *error.args[1:])
             sentence = str(error)
@@ -113,6 +117,15 @@ class Started:
         if self.device.type == "cpu":  # NCCL's would wait for what the device has queued
             with suppress(RuntimeError):
                 dist.destroy_process_group()
+
+    def _first_to_say(self, sentence: str) -> bool:
+        """Whether no other process has raised this sentence: what is wrong for all is read once."""
+        if self.store is None:
+            return True
+        bare = re.sub(r"^Rank \d+: ", "", sentence)
+        with suppress(RuntimeError):  # a store that is gone
+            return self.store.add(f"said/{hashlib.sha256(bare.encode()).hexdigest()}", 1) == 1
+        return True
 
 
 def start_processes(
