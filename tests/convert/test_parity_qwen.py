@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tests.convert.parity import assert_parity, transformers
+import moesaic as mo
+from moesaic.convert.convert import convert
+from tests.convert.parity import assert_parity, tiny_hf, transformers
+from tests.convert.tiny_checkpoint import tensors_of
 from tests.convert.variants import DYNAMIC, ROPES, TINY, rope, ropes_slow
 
 SPARSE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -76,3 +80,19 @@ def test_qwen3_moe(name: str, tmp_path: Path) -> None:
 def test_olmoe(name: str, tmp_path: Path) -> None:
     sizes = without(TINY, "head_dim") | without(SPARSE, "moe_intermediate_size")
     print("olmoe", name, assert_parity(transformers.OlmoeConfig(**sizes | OLMOE[name]), tmp_path))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_the_gate_of_the_shared_expert_stays_fp32(tmp_path: Path, dtype: Any) -> None:
+    """It weighs an expert, as routers do: in eight bits of mantissa its own weight would be rounded."""
+    hf = tiny_hf(transformers.Qwen2MoeConfig(**TINY | SHARED))
+    hf.save_pretrained(tmp_path / "hf")
+    gates = {name: t for name, t in hf.state_dict().items() if "shared_expert_gate" in name}
+    convert(tmp_path / "hf", tmp_path / "ours", dtype=dtype)
+    convert(tmp_path / "ours", tmp_path / "back")
+    back = tensors_of(tmp_path / "back")
+    assert gates
+    assert all(back[name].dtype == torch.float32 and torch.equal(back[name], gate) for name, gate in gates.items())
+    model = mo.load(tmp_path / "ours")
+    assert model.blocks[0].ffn.shared.output_gate.weight.dtype == torch.float32
+    assert model(torch.arange(9)[None]).logits.isfinite().all()

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from moesaic.experts.neurons import NeuronExperts
 from moesaic.experts.stacked import StackedExperts
-from moesaic.nn.linear import Linear
 from moesaic.nn.mlp import MLP, Activation
 from moesaic.ops.fused import Sources
+from moesaic.routing.gate import LinearGate
 
 
 class WithSpecialExperts(nn.Module):
@@ -115,7 +115,8 @@ class SharedExperts(nn.Module):
     """Experts that see every token: one feed-forward network of width ``count * hidden`` (DeepSeekMoE).
 
     Args:
-        gated_output: multiply the output by ``sigmoid(x w)``, a scalar per token (Qwen2-MoE).
+        gated_output: multiply the output by ``sigmoid(x w)``, a scalar per token (Qwen2-MoE); it is the weight of an expert, so
+            it is computed and kept in fp32 as a router's are.
         width: of the network, where it is not ``count * hidden``.
     """
 
@@ -131,17 +132,17 @@ class SharedExperts(nn.Module):
     ) -> None:
         super().__init__()
         self.mlp = MLP(dim, width or count * hidden, activation, gated)
-        self.output_gate = Linear(dim, 1, bias=False) if gated_output else None
+        self.output_gate = LinearGate(dim, 1) if gated_output else None
 
     def reset_parameters(self, scale: float = 1.0, out_scale: float = 1.0) -> None:
         """Fan-in initialisation of the network; the output gate starts at N(0, 0.02)."""
         self.mlp.reset_parameters(scale, out_scale)
         if self.output_gate is not None:
-            nn.init.normal_(self.output_gate.weight, std=0.02)
+            self.output_gate.reset_parameters()
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(T, D) to (T, D)."""
         y_TD: Tensor = self.mlp(x_TD)
         if self.output_gate is not None:
-            y_TD = y_TD * self.output_gate(x_TD).sigmoid()
+            y_TD = (y_TD * self.output_gate(x_TD).sigmoid()).to(y_TD.dtype)
         return y_TD
