@@ -301,7 +301,9 @@ def test_another_model_is_never_written_over(tmp_path: Path, capsys: pytest.Capt
     source = make_hf(tmp_path / "hf")
     for i, target in enumerate(("mine", "edited", "trained", "other")):
         convert(source, tmp_path / target, dtype=("fp32", None, None, None)[i])
-    (tmp_path / "edited" / "config.json").write_text((tmp_path / "edited" / "config.json").read_text() + " ")
+    config = (tmp_path / "edited" / "config.json").read_text()
+    assert '"k": 2' in config
+    (tmp_path / "edited" / "config.json").write_text(config.replace('"k": 2', '"k": 1'))
     model = mo.load(tmp_path / "trained")
     model.state_dict()["norm.weight"][-1] += 1  # the same names and shapes, another number
     mo.save(model, tmp_path / "trained")

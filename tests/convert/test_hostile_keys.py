@@ -197,7 +197,6 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a word for a list": ({"architectures": "MixtralForCausalLM"}, r'must be a list, such as \["MixtralForCausalLM"\]'),
     "NaN that travels": ({"initializer_range": float("nan")}, "initializer_range=NaN is no value of JSON"),
-    "layers past counting": ({"mlp_only_layers": [HUGE]}, "mlp_only_layers"),
 }
 
 
