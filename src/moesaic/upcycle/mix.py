@@ -4,7 +4,8 @@
 
 In the chosen layers expert e is model e's feed-forward layer; every other tensor is the mean over the models. The router is
 new: random, to be learned, or pointing along the mean inputs of each model's own text. Models that are all the same give their
-own function back.
+own function back; not so with prompts and a router whose weights do not add up to a constant (order A), as its gate then starts
+too large for them to be equal.
 
 Legend: E experts and models, B rows, S positions.
 """
