@@ -22,6 +22,7 @@ from moesaic.convert.coverage import Coverage, Share
 from moesaic.convert.pieces import Shape
 from moesaic.convert.read import is_foreign, open_folder
 from moesaic.convert.storage import Stored
+from moesaic.cost.count import stored_elements
 from moesaic.errors import CheckpointError
 from moesaic.models.config import ModelConfig
 from moesaic.models.decoder import Decoder
@@ -126,8 +127,8 @@ def native_source(opened: Opened, load: Callable[[str], Tensor]) -> Source:
         },
         companions=read_companions(folder),
         coverage=Coverage(  # opening has refused whatever is missing, unexpected or unknown
-            tensors=Share(tensors, tensors),
-            parameters=Share(numbers, numbers),
+            tensors=Share(tensors, len(opened.infos)),
+            parameters=Share(numbers, stored_elements(opened.model)),
             bytes=Share(size, size),
             experts=Share(experts, experts),
             config_keys=Share(len(keys) + len(notes), len(keys) + len(notes)),
