@@ -89,9 +89,13 @@ def test_what_stands_there_is_not_replaced(source: Path, what: str, dry: tuple[s
     assert target.is_symlink() or target.is_dir() or target.read_bytes() == b"precious"
 
 
-def test_what_is_in_the_way_is_said_before_anything_is_fetched(tmp_path: Path, capsys: Capture) -> None:
+def test_what_is_in_the_way_is_said_before_anything_is_fetched(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moesaic.commands.convert.resolve", lambda name: pytest.fail(f"{name} was fetched"))
     (tmp_path / "m.gguf").write_bytes(b"precious")
-    assert "exists already" in call(capsys, "convert", str(tmp_path / "nothing"), str(tmp_path / "m.gguf")).err
+    done = call(capsys, "convert", "owner/name", str(tmp_path / "m.gguf"))
+    assert (done.status, "exists already" in done.err) == (2, True)
 
 
 def test_a_killed_export_is_begun_again(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
