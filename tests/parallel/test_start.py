@@ -25,6 +25,7 @@ from moesaic.parallel.rollcall import roll_call
 from moesaic.parallel.start import Started, start_processes
 from moesaic.parallel.torchrun import interface_to, loopback, read_launch, tell_torchrun, threads
 from moesaic.parallel.world import World
+from moesaic.train.sharded.agree import together as all_together
 from tests.parallel.processes import free_port, run_started
 
 WHOLE = {
@@ -245,6 +246,28 @@ def test_processes_find_each_other_and_leave_in_order() -> None:
         ended = run_started(2, _facts, environ={"OMP_NUM_THREADS": asked})
         assert [(e.code, e.said) for e in ended] == [(0, ""), (0, "")]
         assert [e.answer for e in ended] == [[rank, 2, rank, 2, "cpu", 1.0, "lo", "gloo", number] for rank in (0, 1)]
+
+
+def _one_fails(here: Started) -> Any:
+    def work() -> None:
+        if here.rank == 1:
+            raise MoesaicError("The disk is full.")
+
+    everyone = World(Layout.of(ParallelConfig(), here.world), here.rank, here.watch).everyone
+    try:
+        all_together(everyone, "work", work)
+    except MoesaicError:
+        time.sleep(here.rank / 4)  # the one that is to print it comes last
+        raise
+
+
+def test_what_one_rank_alone_found_wrong_is_said_once_by_it() -> None:
+    ended = run_started(2, _one_fails)
+    assert [e.code for e in ended] == [2, 2]
+    said = [
+        [line for line in e.said.splitlines() if line.startswith("moesaic: ")] for e in ended
+    ]  # torch misses the store
+    assert said == [[], ["moesaic: Rank 1: The disk is full."]]
 
 
 def _group_timeouts(here: Started) -> Any:

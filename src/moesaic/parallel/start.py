@@ -102,8 +102,9 @@ class Started:
 
     def _fail(self, error: BaseException) -> None:
         if isinstance(error, MoesaicError):
-            if not isinstance(error, CollectiveError) and not self._first_to_say(str(error)):
-                error.told = True
+            # One that another process prints must not come first, or nobody would.
+            if not error.told and not isinstance(error, CollectiveError):
+                error.told = not self._first_to_say(str(error))
             if self.world > 1 and not str(error).startswith("Rank "):
                 error.args = (f"Rank {self.rank}: {error}", *error.args[1:])
             sentence = str(error)
