@@ -75,7 +75,7 @@ def parse(function: Command, name: str, args: Sequence[str]) -> Callable[[], int
         if not end.code:
             raise
         raise ConfigError(_sentence(said.getvalue(), name)) from None
-    return call  # type: ignore[no-any-return]
+    return call
 
 
 def guarded(call: Callable[[], int], json: bool = False) -> int:

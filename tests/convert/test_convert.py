@@ -18,7 +18,7 @@ import torch
 import moesaic as mo
 from moesaic.checkpoint.atomic import verify_folder
 from moesaic.convert import convert as module
-from moesaic.convert.convert import convert, plan_conversion
+from moesaic.convert.convert import check_plan, convert, plan_conversion
 from moesaic.convert.work import work_for
 from moesaic.errors import CheckpointError, ConfigError, MoesaicError
 from tests.command import call, environment
@@ -103,6 +103,8 @@ def test_what_fp16_cannot_hold_is_refused(
     edit_tensors(source, lambda t: change(t["model.norm.weight"]))
     with pytest.raises(CheckpointError, match=r'"norm.weight" holds values beyond 65504'):
         convert(source, tmp_path / "ours", dtype="fp16")
+    with pytest.raises(CheckpointError, match="holds values beyond 65504"):  # a dry run promises every check
+        check_plan(plan_conversion(source, tmp_path / "ours", dtype="fp16"))
     assert names(tmp_path) == ["hf"]
     convert(source, tmp_path / "ours", dtype="bf16")
 

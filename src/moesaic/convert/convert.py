@@ -219,8 +219,15 @@ def run_plan(
 
 
 def check_plan(plan: Plan, progress: Callable[[int, int], None] = lambda done, total: None) -> Report:
-    """What ``run_plan`` would say, without writing. For a GGUF file every number is read: not all types can hold all."""
-    return plan.report() if plan.gguf is None else check_gguf(plan.source, plan.gguf, progress)
+    """What ``run_plan`` would say, without writing. For GGUF and fp16 every number is read: not all types can hold all."""
+    if plan.gguf is not None:
+        return check_gguf(plan.source, plan.gguf, progress)
+    if torch.float16 in plan.dtypes.values():
+        done, total = 0, sum(shard.data_bytes for shard in [*plan.shards, *plan.aside])
+        for _, tensor in _tensors(plan, lambda name: True):
+            done += tensor.nbytes
+            progress(done, total)
+    return plan.report()
 
 
 def _already(plan: Plan, progress: Callable[[int], None]) -> Report:

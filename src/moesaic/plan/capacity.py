@@ -172,7 +172,7 @@ class CapacityRule:
             slots = min(-(-max(needed, self.minimum) // self.multiple_of) * self.multiple_of, num_tokens)
             most = self._rounded(self.max_factor, num_tokens, k, num_experts, training)
             return slots if most is None else min(slots, most)
-        return self._rounded(own, num_tokens, k, num_experts, training)  # type: ignore[arg-type]
+        return self._rounded(own, num_tokens, k, num_experts, training)
 
     def _rounded(self, factor: float | None, num_tokens: int, k: int, num_experts: float, training: bool) -> int | None:
         if factor is None:

@@ -91,7 +91,7 @@ def build_router(
     options = options or {}
     check_options(f'Router "{name}"', options, router_options(name))
     known_special = {"num_special": num_special} if "num_special" in inspect.signature(cls).parameters else {}
-    router: Router = cls(dim, num_experts, k, **known_special, **options)  # type: ignore[call-arg]
+    router: Router = cls(dim, num_experts, k, **known_special, **options)
     return router
 
 

@@ -285,7 +285,7 @@ def _fact(ctx: TokenContext, name: str, num_tokens: int, label: str) -> Tensor:
             f"{label} needs one whole number per token as {name}, {num_tokens} in all; it got {tuple(fact_T.shape)} numbers of "
             f"{str(fact_T.dtype).removeprefix('torch.')}."
         )
-    return fact_T.long()  # type: ignore[no-any-return]
+    return fact_T.long()
 
 
 def _inside(fact_T: Tensor, spans: list[tuple[int, int]]) -> Tensor:

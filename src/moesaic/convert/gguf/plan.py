@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,8 @@ def plan_file(
     # A tied head may have to be a tensor of its own there: the embedding's numbers a second time.
     second = {"output.weight"} if config.tie_embeddings else set()
     added = second & {entry.target.name for entry in listed} | {entry.target.name for entry, _ in extra}
-    parameters = sum(_numel(shapes[name]) for name in plan)
-    if parameters != (made := sum(_numel(entry.shape) for entry in listed if entry.target.name not in added)):
+    parameters = sum(prod(shapes[name]) for name in plan)
+    if parameters != (made := sum(prod(entry.shape) for entry in listed if entry.target.name not in added)):
         raise RuntimeError(f"{made} numbers would be written of {parameters}")
     keys = _general(path.stem, kind, gguf) | {f"{arch.name}.{key}": value for key, value in values.items()} | words
     header = _header(gguf, arch.name, keys, listed)
@@ -152,15 +153,8 @@ def _by_type(listed: list[Entry]) -> dict[str, Share]:
     shares: dict[str, Share] = {}
     for entry in listed:
         old = shares.get(entry.type, Share())
-        shares[entry.type] = Share(old.tensors + 1, old.parameters + _numel(entry.shape), old.bytes + entry.bytes)
+        shares[entry.type] = Share(old.tensors + 1, old.parameters + prod(entry.shape), old.bytes + entry.bytes)
     return shares
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _package() -> Any:
